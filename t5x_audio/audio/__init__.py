@@ -1,0 +1,1 @@
+"""Waveforms in and out, resampling, acoustic features and augmentation."""

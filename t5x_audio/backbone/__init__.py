@@ -1,0 +1,1 @@
+"""The Step-1 transformer, its cache, decoding and sampling."""

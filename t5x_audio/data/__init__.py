@@ -1,0 +1,1 @@
+"""Corpora, the data engine and the readers of cached shards."""

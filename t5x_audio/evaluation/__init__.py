@@ -1,0 +1,1 @@
+"""WER, speaker similarity, MOS, answer accuracy and the report."""

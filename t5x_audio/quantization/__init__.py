@@ -1,0 +1,1 @@
+"""Quantisation-aware self-supervision and low-bit inference."""

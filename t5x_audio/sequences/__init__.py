@@ -1,0 +1,1 @@
+"""The vocabulary, sequence layouts, masks and packing."""

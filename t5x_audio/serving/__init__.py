@@ -1,0 +1,1 @@
+"""A spoken question in, a spoken answer out."""

@@ -1,0 +1,1 @@
+"""Speech to discrete codes: linguistic, semantic, and their 2:3 merge."""

@@ -1,0 +1,1 @@
+"""Learners, the loop's parts, optimisers, partitioning and checkpoints."""

@@ -1,0 +1,1 @@
+"""Audio codes to speech: flow matching, HiFT, discriminators, speaker encoder."""

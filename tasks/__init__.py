@@ -1,0 +1,1 @@
+"""SeqIO task registrations, one module a family."""
