@@ -1,0 +1,177 @@
+"""The whole life of an audio LLM, from recordings to a report, as the ordered list of its jobs.
+
+Every job is an entry point of its own, started here as a separate process with the gin files a pod
+would use; only the file of sizes (`gin/models/<size>.gin`) and the hardware file differ. What is
+finished is skipped, what was interrupted continues, and the wall-clock time of every job is kept
+in `<run_dir>/stages.json`, where the report reads it.
+
+    python -m t5x_audio.life --size=demo
+    python -m t5x_audio.life --size=tiny --run_dir=runs/tiny --from_stage=sft1
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+import time
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One job: what it is called, the entry point, and what is there when it is done.
+
+    Attributes:
+      name: name of the gin run file (`gin/runs/<name>.gin`) and of the stage on the command line.
+      job: module under `t5x_audio` that is run.
+      output: path under the run directory that exists once the stage has been finished.
+      says: one line for people.
+    """
+
+    name: str
+    job: str
+    output: str
+    says: str
+
+
+STAGES = (
+    Stage("prepare_data", "prepare_data", "corpus", "speech: recordings and the data engine"),
+    Stage("train_vocabulary", "train_vocabulary", "vocabulary", "SentencePiece vocabulary"),
+    Stage("train_linguistic", "train", "linguistic", "linguistic encoder (SAN-M, CTC)"),
+    Stage("fit_codebook", "fit_codebook", "linguistic_tokenizer", "linguistic codebook (k-means)"),
+    Stage("train_semantic", "train", "semantic", "semantic tokenizer (VQ inside)"),
+    Stage("tokenize_corpus", "tokenize_corpus", "tokens", "speech to codes"),
+    Stage("cache_tasks", "cache_tasks", "tasks", "SeqIO tasks to cached shards"),
+    Stage("pretrain_stage1", "train", "pretrain1", "pretraining 1: continuation and text"),
+    Stage("pretrain_stage2", "train", "pretrain2", "pretraining 2: and interleaved"),
+    Stage("pretrain_stage3", "train", "pretrain3", "pretraining 3: and ASR and TTS"),
+    Stage("sft1", "train", "sft1", "fine-tuning 1: answers, written and spoken"),
+    Stage("sft2", "train", "sft2", "fine-tuning 2: spoken answers"),
+    Stage("dpo", "train", "dpo", "audio-masked DPO"),
+    Stage("merge", "merge", "merged", "merge 5:5:1"),
+    Stage("train_flow", "train", "flow", "vocoder: flow matching"),
+    Stage("train_hift", "train", "hift", "vocoder: HiFT"),
+    Stage("evaluate", "evaluate", "evaluation", "evaluation on held-out spoken questions"),
+    Stage("make_report", "make_report", "report.html", "report"),
+)
+
+
+def command(stage: Stage, size: str, run_dir: str, extra: list[str]) -> list[str]:
+    """The command line of `stage`, runnable by hand as printed."""
+    return [
+        sys.executable,
+        "-m",
+        f"t5x_audio.{stage.job}",
+        f"--gin_file=gin/models/{size}.gin",
+        f"--gin_file=gin/runs/{stage.name}.gin",
+        f"--gin.RUN_DIR={run_dir}",
+        f"--model_dir={run_dir}/{stage.output}",
+        *extra,
+    ]
+
+
+class Ledger:
+    """`stages.json`: which command finished when, how long it took, on what machine."""
+
+    def __init__(self, run_dir: pathlib.Path):
+        """Reads the ledger of `run_dir`, or starts an empty one."""
+        self.path = run_dir / "stages.json"
+        self.rows = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def finished(self, stage: Stage, argv: list[str]) -> bool:
+        """Whether the same command has finished and its output is still there."""
+        row = self.rows.get(stage.name)
+        output = self.path.parent / stage.output
+        return bool(row) and row["command"] == shlex.join(argv[1:]) and output.exists()
+
+    def add(self, stage: Stage, argv: list[str], seconds: float) -> None:
+        """Adds a finished run; time spent before an interruption is not in `seconds`."""
+        self.rows[stage.name] = {
+            "command": shlex.join(argv[1:]),
+            "seconds": round(seconds, 1),
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        }
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.rows, indent=1))
+        temporary.replace(self.path)
+
+
+def select(first: str | None, only: list[str] | None) -> list[Stage]:
+    """The stages asked for, in order."""
+    names = [stage.name for stage in STAGES]
+    for name in [*(only or []), *([first] if first else [])]:
+        if name not in names:
+            raise SystemExit(fail(f"no stage is called {name!r}: choose from {', '.join(names)}"))
+    stages = STAGES[names.index(first) :] if first else STAGES
+    return [stage for stage in stages if not only or stage.name in only]
+
+
+def fail(line: str) -> int:
+    """Prints `line` as the one error line and returns the exit code of bad input."""
+    print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the stages; returns the exit code of the first that fails, else 0."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", default="demo", help="a file of gin/models (default: demo)")
+    parser.add_argument("--run_dir", help="where everything is written (default: runs/<size>)")
+    parser.add_argument("--from_stage", help="run this stage and the later ones again")
+    parser.add_argument("--only", action="append", help="run only this stage (repeatable)")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    flags, extra = parser.parse_known_args(argv)
+    unknown = [flag for flag in extra if not flag.startswith("--gin")]
+    if unknown:
+        return fail(f"unknown flag {unknown[0]}: see --help; gin bindings start with --gin.")
+    if not pathlib.Path(f"gin/models/{flags.size}.gin").exists():
+        return fail(f"gin/models/{flags.size}.gin does not exist: run from the project's root")
+    try:
+        stages = select(flags.from_stage, flags.only)
+    except SystemExit as stop:
+        return stop.code
+    run_dir = flags.run_dir or f"runs/{flags.size}"
+    again = bool(flags.from_stage or flags.only)
+    return run_stages(stages, flags.size, run_dir, extra, again, flags.dry_run)
+
+
+def run_stages(stages, size: str, run_dir: str, extra: list[str], again: bool, dry: bool) -> int:
+    """Runs `stages` one after another; see `main`."""
+    if not dry:
+        pathlib.Path(run_dir).mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(pathlib.Path(run_dir))
+    started = time.monotonic()
+    for number, stage in enumerate(stages, 1):
+        argv = command(stage, size, run_dir, extra)
+        print(f"[{number}/{len(stages)}] {stage.says}", flush=True)
+        if dry:
+            print("  " + shlex.join(["python", *argv[1:]]))
+            continue
+        if not again and ledger.finished(stage, argv):
+            print(f"  already there: {run_dir}/{stage.output}", flush=True)
+            continue
+        begun = time.monotonic()
+        try:
+            code = subprocess.run(argv, check=False).returncode
+        except KeyboardInterrupt:
+            print("interrupted: start the same command again to continue", file=sys.stderr)
+            return 130
+        if code:
+            return code if code > 0 else 128 - code
+        ledger.add(stage, argv, time.monotonic() - begun)
+    if not dry:
+        minutes = (time.monotonic() - started) / 60
+        print(f"done: {run_dir}/report.html  minutes={minutes:.1f}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
