@@ -1,4 +1,4 @@
-"""Every script, run dry, prints the command it would run, and refuses a missing flag in one line."""
+"""Every script prints its command when run dry, and refuses a missing flag in one line."""
 
 import pathlib
 import shlex
