@@ -1,0 +1,60 @@
+"""Is an answer right? Judged on words, the same for what was written and for what was heard.
+
+A question of the spoken question world has one `short_answer`: the words that make an answer right
+("seven", "three four five"). An answer is right when those words stand in it next to each other
+and in that order. A spoken number is one thing: "five" is not in "twenty five", nor is "twenty"
+in "one hundred and twenty".
+
+Plain Python: SeqIO tasks use it as their metric and the evaluation as its judge. Step-Audio has a
+large language model judge free answers (paper section 6.1); a closed question needs none.
+"""
+
+from collections.abc import Sequence
+
+from t5x_audio.data.text_normalization import normalize
+
+_UNITS = "one two three four five six seven eight nine".split()
+_TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_SCALES = ("hundred", "thousand")
+_SMALL = {*_UNITS, *_TEENS, *_TENS}
+
+
+def words_of(text: str) -> list[str]:
+    """The words of `text` as they are compared: normalised, numbers spelt out, no punctuation."""
+    return normalize(text).split()
+
+
+def contains_short_answer(text: str, short_answer: str) -> bool:
+    """Whether the words of `short_answer` stand in `text`, adjacent and in order.
+
+    Args:
+      text: an answer, written or heard, in any spelling.
+      short_answer: the words that make it right.
+
+    Raises:
+      ValueError: `short_answer` has no words.
+    """
+    wanted, words = words_of(short_answer), words_of(text)
+    if not wanted:
+        raise ValueError(f"the short answer {short_answer!r} has no words")
+    return any(
+        words[start : start + len(wanted)] == wanted
+        and not _one_number(words[:start], wanted)
+        and not _one_number(wanted, words[start + len(wanted) :])
+        for start in range(len(words) - len(wanted) + 1)
+    )
+
+
+def _one_number(left: Sequence[str], right: Sequence[str]) -> bool:
+    """Whether the last words of `left` and the first of `right` belong to one spoken number."""
+    if not left or not right:
+        return False
+    last, first = left[-1], right[0]
+    if last == "and":  # "one hundred and twenty", but not "five and six"
+        return len(left) > 1 and left[-2] in _SCALES and first in _SMALL
+    if last in _SCALES and first == "and":
+        return len(right) > 1 and right[1] in _SMALL
+    if first in _SCALES:
+        return last in _SMALL or last in _SCALES
+    return (last in _TENS and first in _UNITS) or (last in _SCALES and first in _SMALL)
