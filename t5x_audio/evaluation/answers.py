@@ -13,11 +13,12 @@ from collections.abc import Sequence
 
 from t5x_audio.data.text_normalization import normalize
 
-_UNITS = "one two three four five six seven eight nine".split()
-_TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_SCALES = ("hundred", "thousand")
-_SMALL = {*_UNITS, *_TEENS, *_TENS}
+_UNITS = {"one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
+_TEENS = {"ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen"}
+_TEENS |= {"eighteen", "nineteen"}
+_TENS = {"twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"}
+_SCALES = {"hundred", "thousand"}
+_SMALL = _UNITS | _TEENS | _TENS
 
 
 def words_of(text: str) -> list[str]:

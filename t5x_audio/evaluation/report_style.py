@@ -38,7 +38,8 @@ padding:1.1rem 1.25rem 1.25rem;margin:1.1rem 0}
 .example header{display:flex;gap:.75rem;align-items:baseline;justify-content:space-between}
 .example h3{margin:0}
 .meta{font-size:.78rem;color:var(--soft);white-space:nowrap}
-.said{display:grid;grid-template-columns:max-content minmax(0,max-content) max-content;gap:.1rem .9rem;
+.said{display:grid;grid-template-columns:max-content minmax(0,max-content) max-content;
+gap:.1rem .9rem;
 margin:.55rem 0 .9rem;font-size:.97rem}
 .said dt{font:.78rem/1.9 var(--sans);color:var(--soft)}
 .said dd{margin:0;overflow-wrap:anywhere}
@@ -104,11 +105,14 @@ details:last-of-type{border-bottom:1px solid var(--line)}
 summary{cursor:pointer;font-size:.9rem}
 summary span{color:var(--soft)}
 pre{font:.76rem/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace;overflow-x:auto;
-background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.9rem 1rem;margin:.7rem 0}
-.facts{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.4rem;font-size:.85rem;margin:1rem 0}
+background:var(--card);border:1px solid var(--line);border-radius:8px;
+padding:.9rem 1rem;margin:.7rem 0}
+.facts{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.4rem;font-size:.85rem;
+margin:1rem 0}
 .facts dt{color:var(--soft)}.facts dd{margin:0;overflow-wrap:anywhere}
 @media(max-width:34rem){body{font-size:16px}main{padding:2rem 1rem 4rem}
-.said{grid-template-columns:1fr max-content}.said dt{grid-column:1/-1;line-height:1.3;margin-top:.3rem}
+.said{grid-template-columns:1fr max-content}
+.said dt{grid-column:1/-1;line-height:1.3;margin-top:.3rem}
 .example{padding:.9rem}.example header{flex-direction:column;gap:0}td.barcell{width:24%}}
 @media print{.player button{display:none!important}details{break-inside:avoid}}
 """
@@ -133,7 +137,9 @@ for (const clip of document.querySelectorAll('.clip')) {
     current = audio; clip.classList.add('playing'); draw();
   });
   for (const name of ['pause', 'ended', 'seeked'])
-    audio.addEventListener(name, () => { clip.classList.toggle('playing', !audio.paused); draw(); });
+    audio.addEventListener(name, () => {
+      clip.classList.toggle('playing', !audio.paused); draw();
+    });
   button.addEventListener('click', () => audio.paused ? audio.play() : audio.pause());
   wave.addEventListener('click', event => {
     const box = wave.getBoundingClientRect();
@@ -166,6 +172,8 @@ for (const chart of document.querySelectorAll('.chart')) {
     cursor.setAttribute('d', `M${x},${frame.top}V${frame.bottom}`);
     tip.textContent = 'step ' + at + '\\n' + lines.join('\\n'); tip.hidden = false;
   });
-  chart.addEventListener('pointerleave', () => { tip.hidden = true; cursor.setAttribute('d', ''); });
+  chart.addEventListener('pointerleave', () => {
+    tip.hidden = true; cursor.setAttribute('d', '');
+  });
 }
 """
