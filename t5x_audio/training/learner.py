@@ -1,0 +1,204 @@
+"""Learners: what is trained, on what, and how, as pure functions the loop can compile.
+
+A learner pairs model configurations, an objective and optimisers into three pure, jittable
+functions: `init(rng)`, `step(state, batch, rng)` and `evaluate(state, batch, rng)`. The loop in
+`t5x_audio.train` knows nothing else, so language modelling, DPO, the adversarial vocoder and
+quantisation aware training share one loop and one checkpoint format.
+
+Choices: the train state is plain pytrees (`nnx.State`), the live module exists only inside a
+step; everything that isn't an `nnx.Param` (EMA codebooks, statistics) travels in `variables` and
+is updated by the training forward in place. `init` never touches the disk: weights to start from
+come through `warm_start`, which the loop calls once, outside of any compiled function.
+"""
+
+import abc
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from t5x_audio.training import checkpoints
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+"""Name -> (sum, weight), float32 scalars. Both are added over steps and hosts, then divided."""
+
+
+def mean_metric(value, weight=1.0) -> tuple[jax.Array, jax.Array]:
+    """A metric whose mean over steps weighs `value` (a mean itself) by `weight`."""
+    weight = jnp.asarray(weight, jnp.float32)
+    return jnp.asarray(value, jnp.float32) * weight, weight
+
+
+def sum_metrics(*metrics: Metrics) -> Metrics:
+    """Adds sums and weights name by name; a name may be absent from some."""
+    total: Metrics = {}
+    for one in metrics:
+        for name, (value, weight) in one.items():
+            old_value, old_weight = total.get(name, (0.0, 0.0))
+            total[name] = (old_value + value, old_weight + weight)
+    return total
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes. `params`: model name -> nnx.State of nnx.Param; `variables`: the rest."""
+
+    step: jax.Array
+    params: dict[str, Any]
+    variables: dict[str, Any]
+    opt_state: dict[str, Any]
+
+
+class Learner(abc.ABC):
+    """What the loop trains. `model_configs` maps each model's name to its configuration."""
+
+    model_configs: dict[str, Any]
+
+    @abc.abstractmethod
+    def init(self, rng: jax.Array) -> TrainState:
+        """The state before the first step, from a PRNG key alone."""
+
+    @abc.abstractmethod
+    def step(self, state: TrainState, batch, rng: jax.Array) -> tuple[TrainState, Metrics]:
+        """One update on one batch. `rng` differs at every step."""
+
+    @abc.abstractmethod
+    def evaluate(self, state: TrainState, batch, rng: jax.Array) -> Metrics:
+        """The metrics of one batch without learning from it."""
+
+    def warm_start(self, state: TrainState) -> TrainState:
+        """`state` with the weights that training starts from. Reads the disk; not jittable."""
+        return state
+
+
+class Objective(Protocol):
+    """What is minimised. `model` is a live module; its non-param Variables may be updated."""
+
+    def __call__(
+        self, model: nnx.Module, batch, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, Metrics]: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GradientLearner(Learner):
+    """One model named 'model', one objective, one optimiser.
+
+    Attributes:
+      model: configuration with `.make(rngs)`.
+      objective: (model, batch, rng, train) -> (loss, Metrics).
+      optimizer: factory of `t5x_audio.training.optimizers`.
+      init_from: model directory whose weights start the model; None starts from the seed.
+    """
+
+    model: Any
+    objective: Objective
+    optimizer: Any
+    init_from: str | None = None
+
+    @property
+    def model_configs(self) -> dict[str, Any]:
+        return {"model": self.model}
+
+    @functools.cached_property
+    def graphdef(self):
+        return nnx.split(nnx.eval_shape(lambda: self.model.make(nnx.Rngs(0))), nnx.Param, ...)[0]
+
+    def init(self, rng: jax.Array) -> TrainState:
+        _, params, variables = nnx.split(self.model.make(nnx.Rngs(rng)), nnx.Param, ...)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params={"model": params},
+            variables={"model": variables},
+            opt_state={"model": self.optimizer.make(params).init(params)},
+        )
+
+    def warm_start(self, state: TrainState) -> TrainState:
+        if self.init_from is None:
+            return state
+        params, variables = checkpoints.restore_states(
+            self.init_from, "model", state.params["model"], state.variables["model"]
+        )
+        return state.replace(
+            params=state.params | {"model": params},
+            variables=state.variables | {"model": variables},
+        )
+
+    def _loss(self, params, variables, state, batch, rng, train):
+        """-> (loss, (metrics, the model's variables after the forward))."""
+        model = merge_model(self.graphdef, params, variables, train)
+        loss, metrics = self._objective(model, state, batch, rng, train)
+        return loss.astype(jnp.float32), (metrics, updated_variables(model))
+
+    def _objective(self, model, state, batch, rng, train):
+        return self.objective(model, batch, rng, train)
+
+    def step(self, state: TrainState, batch, rng: jax.Array) -> tuple[TrainState, Metrics]:
+        params = state.params["model"]
+        (loss, (metrics, variables)), grads = jax.value_and_grad(self._loss, has_aux=True)(
+            params, state.variables["model"], state, batch, rng, True
+        )
+        tx = self.optimizer.make(params)
+        updates, opt_state = tx.update(grads, state.opt_state["model"], params)
+        metrics = {"loss": mean_metric(loss)} | metrics
+        metrics["grad_norm"] = mean_metric(optax.global_norm(grads))
+        metrics["learning_rate"] = mean_metric(self.optimizer.learning_rate(state.step))
+        new_state = state.replace(
+            step=state.step + 1,
+            params=state.params | {"model": optax.apply_updates(params, updates)},
+            variables=state.variables | {"model": variables},
+            opt_state=state.opt_state | {"model": opt_state},
+        )
+        return new_state, metrics
+
+    def evaluate(self, state: TrainState, batch, rng: jax.Array) -> Metrics:
+        loss, (metrics, _) = self._loss(
+            state.params["model"], state.variables["model"], state, batch, rng, False
+        )
+        return {"loss": mean_metric(loss)} | metrics
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreferenceLearner(GradientLearner):
+    """A GradientLearner whose objective also sees the model as it was before the first step.
+
+    The objective is (model, reference, batch, rng, train) -> (loss, Metrics). The reference's
+    state is in `variables['reference']`: saved with the run, never changed, never differentiated.
+    """
+
+    def init(self, rng: jax.Array) -> TrainState:
+        return self._with_reference(super().init(rng))
+
+    def warm_start(self, state: TrainState) -> TrainState:
+        return self._with_reference(super().warm_start(state))
+
+    def _with_reference(self, state: TrainState) -> TrainState:
+        reference = {"params": state.params["model"], "variables": state.variables["model"]}
+        # A copy of its own: the loop donates the model's buffers to each step.
+        reference = jax.tree.map(jnp.copy, reference)
+        return state.replace(variables=state.variables | {"reference": reference})
+
+    def _objective(self, model, state, batch, rng, train):
+        frozen = jax.lax.stop_gradient(state.variables["reference"])
+        reference = merge_model(self.graphdef, frozen["params"], frozen["variables"], train=False)
+        return self.objective(model, reference, batch, rng, train)
+
+
+def merge_model(graphdef, params, variables, train: bool) -> nnx.Module:
+    """The live module of a state, with its dropout and normalisation layers set for `train`."""
+    # The identity map makes Variables of its own: the forward may change them in place.
+    model = nnx.merge(graphdef, *jax.tree.map(lambda x: x, (params, variables)))
+    if train:
+        model.train()
+    else:
+        model.eval()
+    return model
+
+
+def updated_variables(model: nnx.Module):
+    """The nnx.State of everything but the parameters, to be carried to the next step."""
+    return jax.lax.stop_gradient(nnx.split(model, nnx.Param, ...)[2])
