@@ -1,0 +1,102 @@
+"""The list of jobs: commands as printed, skipping, failing, and one whole life at toy size."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from t5x_audio import life
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_dry_run_names_every_job_in_order(in_root, capsys, tmp_path):
+    assert life.main(["--size=toy", f"--run_dir={tmp_path}", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    commands = [line for line in printed.splitlines() if line.startswith("  python")]
+    assert [c.split("gin/runs/")[1].split(".gin")[0] for c in commands] == [
+        stage.name for stage in life.STAGES
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_stage_has_its_gin_file_and_entry_point():
+    for stage in life.STAGES:
+        assert (ROOT / f"gin/runs/{stage.name}.gin").is_file()
+        assert (ROOT / f"t5x_audio/{stage.job}.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "culprit"),
+    [
+        (["--size=giant"], "gin/models/giant.gin"),
+        (["--size=toy", "--only=sft9"], "'sft9'"),
+        (["--size=toy", "--model_dri=x"], "--model_dri"),
+    ],
+)
+def test_bad_flags_are_one_line(in_root, capsys, flags, culprit):
+    assert life.main(flags) == 2
+    error = capsys.readouterr().err
+    assert culprit in error
+    assert error.count("\n") == 1
+
+
+def test_finished_stages_are_skipped_and_a_failure_stops(in_root, monkeypatch, tmp_path):
+    started = []
+
+    def fake_run(argv, check):
+        name = argv[4].split("gin/runs/")[1].removesuffix(".gin")
+        started.append(name)
+        stage = next(stage for stage in life.STAGES if stage.name == name)
+        (tmp_path / stage.output).mkdir(exist_ok=True)
+        return subprocess.CompletedProcess(argv, 2 if started.count(name) > 1 else 0)
+
+    monkeypatch.setattr(subprocess, "run", fake_run)
+    flags = ["--size=toy", f"--run_dir={tmp_path}"]
+    assert life.main(flags) == 0
+    assert started == [stage.name for stage in life.STAGES]
+    assert life.main(flags) == 0
+    assert len(started) == len(life.STAGES)
+
+    (tmp_path / "sft1").rmdir()  # an output that is gone is made again
+    assert life.main(flags) == 2
+    assert started[-1] == "sft1"
+
+
+def test_the_whole_life_at_toy_size_on_a_mesh(tmp_path):
+    """Every job in turn, 2 x 2 simulated devices (data x tensor), on speech made for the test."""
+    run_dir = tmp_path / "toy"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "t5x_audio.life",
+            "--size=toy",
+            f"--run_dir={run_dir}",
+            "--gin_file=gin/hardware/cpu_4_devices.gin",
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+    results = json.loads((run_dir / "evaluation" / "results.json").read_text())
+    assert results["questions"] > 0
+    assert (run_dir / "report.html").stat().st_size > 100_000
+    for stage in ("linguistic", "semantic", "pretrain1", "sft1", "flow", "hift"):
+        rows = (run_dir / stage / "metrics.jsonl").read_text().splitlines()
+        losses = [row["loss"] for row in map(json.loads, rows) if "loss" in row]
+        assert losses[-1] < losses[0], stage
