@@ -153,7 +153,7 @@ def _rng_stand_in(leaf):
 
 
 def _restore_named(item: Path, tree, skip_rng: bool = False):
-    """`tree` with its leaves read from the item. UserError if absent, damaged or of another size."""
+    """`tree` with its leaves read from the item. UserError if they aren't there in that size."""
     names, leaves = _names(tree, skip_rng), jax.tree.leaves(tree)
     wanted = {n: _template(x) for n, x in zip(names, leaves, strict=True) if n is not None}
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
@@ -364,6 +364,7 @@ class RunCheckpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
+        """Waits, then frees the threads."""
         self._manager.close()
 
 

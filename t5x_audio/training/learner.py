@@ -14,6 +14,7 @@ come through `warm_start`, which the loop calls once, outside of any compiled fu
 import abc
 import dataclasses
 import functools
+import os
 from typing import Any, Protocol
 
 import flax.struct
@@ -46,7 +47,14 @@ def sum_metrics(*metrics: Metrics) -> Metrics:
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes. `params`: model name -> nnx.State of nnx.Param; `variables`: the rest."""
+    """All that a step changes.
+
+    Attributes:
+      step: int32 scalar, the number of updates made.
+      params: model name -> nnx.State of nnx.Param.
+      variables: model name -> nnx.State of everything else; and what a learner carries besides.
+      opt_state: model name -> optax state.
+    """
 
     step: jax.Array
     params: dict[str, Any]
@@ -81,7 +89,9 @@ class Objective(Protocol):
 
     def __call__(
         self, model: nnx.Module, batch, rng: jax.Array, train: bool
-    ) -> tuple[jax.Array, Metrics]: ...
+    ) -> tuple[jax.Array, Metrics]:
+        """(model, batch, rng, train) -> (loss, a scalar; metrics)."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,22 +103,27 @@ class GradientLearner(Learner):
       objective: (model, batch, rng, train) -> (loss, Metrics).
       optimizer: factory of `t5x_audio.training.optimizers`.
       init_from: model directory whose weights start the model; None starts from the seed.
+      run_dir: what a relative `init_from` is relative to; None is the working directory.
     """
 
     model: Any
     objective: Objective
     optimizer: Any
     init_from: str | None = None
+    run_dir: str | None = None
 
     @property
     def model_configs(self) -> dict[str, Any]:
+        """{'model': its configuration}."""
         return {"model": self.model}
 
     @functools.cached_property
     def graphdef(self):
-        return nnx.split(nnx.eval_shape(lambda: self.model.make(nnx.Rngs(0))), nnx.Param, ...)[0]
+        """The static part of the model."""
+        return nnx.graphdef(nnx.eval_shape(lambda: self.model.make(nnx.Rngs(0))))
 
     def init(self, rng: jax.Array) -> TrainState:
+        """Fresh weights and optimiser state."""
         _, params, variables = nnx.split(self.model.make(nnx.Rngs(rng)), nnx.Param, ...)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -118,10 +133,12 @@ class GradientLearner(Learner):
         )
 
     def warm_start(self, state: TrainState) -> TrainState:
+        """`state` with the weights of `init_from`. UserError if absent or of another size."""
         if self.init_from is None:
             return state
+        directory = os.path.join(self.run_dir or "", self.init_from)
         params, variables = checkpoints.restore_states(
-            self.init_from, "model", state.params["model"], state.variables["model"]
+            directory, "model", state.params["model"], state.variables["model"]
         )
         return state.replace(
             params=state.params | {"model": params},
@@ -138,6 +155,7 @@ class GradientLearner(Learner):
         return self.objective(model, batch, rng, train)
 
     def step(self, state: TrainState, batch, rng: jax.Array) -> tuple[TrainState, Metrics]:
+        """One gradient update; adds grad_norm and learning_rate to the objective's metrics."""
         params = state.params["model"]
         (loss, (metrics, variables)), grads = jax.value_and_grad(self._loss, has_aux=True)(
             params, state.variables["model"], state, batch, rng, True
@@ -156,6 +174,7 @@ class GradientLearner(Learner):
         return new_state, metrics
 
     def evaluate(self, state: TrainState, batch, rng: jax.Array) -> Metrics:
+        """The objective's metrics with train=False."""
         loss, (metrics, _) = self._loss(
             state.params["model"], state.variables["model"], state, batch, rng, False
         )
@@ -171,9 +190,11 @@ class PreferenceLearner(GradientLearner):
     """
 
     def init(self, rng: jax.Array) -> TrainState:
+        """Fresh weights, and the reference equal to them."""
         return self._with_reference(super().init(rng))
 
     def warm_start(self, state: TrainState) -> TrainState:
+        """The weights of `init_from`, and the reference equal to them."""
         return self._with_reference(super().warm_start(state))
 
     def _with_reference(self, state: TrainState) -> TrainState:
