@@ -11,7 +11,7 @@ large language model judge free answers (paper section 6.1); a closed question n
 
 from collections.abc import Sequence
 
-from t5x_audio.data.text_normalization import normalize
+from t5x_audio.data.text_normalization import normalize, sounds_like
 
 _UNITS = {"one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
 _TEENS = {"ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen"}
@@ -21,24 +21,28 @@ _SCALES = {"hundred", "thousand"}
 _SMALL = _UNITS | _TEENS | _TENS
 
 
-def words_of(text: str) -> list[str]:
-    """The words of `text` as they are compared: normalised, numbers spelt out, no punctuation."""
-    return normalize(text).split()
-
-
-def contains_short_answer(text: str, short_answer: str) -> bool:
+def contains_short_answer(text: str, short_answer: str, by_sound: bool = False) -> bool:
     """Whether the words of `short_answer` stand in `text`, adjacent and in order.
 
     Args:
       text: an answer, written or heard, in any spelling.
       short_answer: the words that make it right.
+      by_sound: take words that sound the same for one word, and a row of digits for a number or
+        for single digits, as is fair to a transcript: nobody hears whether "two" or "to" was meant.
 
     Raises:
       ValueError: `short_answer` has no words.
     """
-    wanted, words = words_of(short_answer), words_of(text)
-    if not wanted:
+    if not normalize(short_answer):
         raise ValueError(f"the short answer {short_answer!r} has no words")
+    if not by_sound:
+        return _contains(normalize(text).split(), normalize(short_answer).split())
+    wanted = sounds_like(short_answer).split()
+    readings = (sounds_like(text, one_by_one) for one_by_one in (False, True))
+    return any(_contains(reading.split(), wanted) for reading in readings)
+
+
+def _contains(words: list[str], wanted: list[str]) -> bool:
     return any(
         words[start : start + len(wanted)] == wanted
         and not _one_number(words[:start], wanted)
