@@ -1,0 +1,246 @@
+"""Makes the report of a run: `<run_dir>/report.html`, one page that needs nothing but itself.
+
+It gathers what the stages left behind: results and recordings of the evaluation, every stage's
+`metrics.jsonl` and operative configuration, and the times in `stages.json`. What is not there yet
+is left out, so that a half-finished run can be looked at too.
+
+    python -m t5x_audio.make_report --gin_file=gin/runs/make_report.gin --gin.RUN_DIR=runs/demo
+"""
+
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+MEASURES = (
+    # name in results.json, what it is called, how it is written, note
+    ("text_accuracy", "right in the text channel", "percent",
+     "the words that make it right stand in what was written"),
+    ("heard_accuracy", "right as heard", "percent",
+     "an independent recogniser hears those words"),
+    ("wer", "word error rate of what is heard", "percent",
+     "answers: against what the model wrote; the others: against what is said"),
+    ("dnsmos", "DNSMOS overall", "score", "P.835 quality from 1 to 5, by an automatic judge"),
+    ("speaker_similarity", "speaker similarity", "score",
+     "cosine of GE2E embeddings to the reference voice"),
+)  # fmt: skip
+SPEEDS = (
+    ("time_to_first_audio", "time to first audio", "seconds",
+     "median, from the question in memory to its first 15 audio tokens as sound"),
+    ("tokens_per_second", "tokens per second", "number", "one answer at a time, text and audio"),
+    ("real_time_factor", "real-time factor", "score", "time taken per second of speech answered"),
+)  # fmt: skip
+PACKAGES = ("t5x_audio", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "seqio")
+
+
+def run(*, model_dir: str, run_dir: str, title: str = "A spoken question in, a spoken answer out"):
+    """Writes the report.
+
+    Args:
+      model_dir: the page to write, e.g. runs/demo/report.html.
+      run_dir: the run it tells of, e.g. runs/demo.
+      title: heading of the page.
+
+    Returns:
+      {"report": path, "megabytes": size, "examples": how many can be listened to}.
+
+    Raises:
+      UserError: the run directory is missing, or the page cannot be written.
+    """
+    from t5x_audio.errors import UserError
+    from t5x_audio.evaluation import report
+
+    root, path = pathlib.Path(run_dir), pathlib.Path(model_dir)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such run directory; run `make demo` to make one")
+    page = gather(root, title)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(report.render(page))
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    megabytes = round(path.stat().st_size / 1e6, 2)
+    return {"report": str(path), "megabytes": megabytes, "examples": len(page.examples)}
+
+
+def gather(root: pathlib.Path, title: str):
+    """The `Report` of a run directory, from what is there."""
+    from t5x_audio.evaluation import report
+
+    results = _read_json(root / "evaluation" / "results.json")
+    ledger = _read_json(root / "stages.json")
+    figures = results.get("figures", {})
+    return report.Report(
+        title=title,
+        lead=_lead(root, results),
+        figures=_headline(figures),
+        examples=tuple(_example(root / "evaluation", row) for row in results.get("examples", ())),
+        tables=measured_tables(results),
+        stages=_stages(root, ledger),
+        facts=_facts(results, ledger),
+    )
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    from t5x_audio.errors import UserError
+
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); run its stage again") from error
+
+
+def _lead(root: pathlib.Path, results: Mapping[str, Any]) -> str:
+    """The sentence under the title."""
+    count = results.get("figures", {}).get("questions")
+    if not count:
+        return f"The run {root.name}, as far as it has come; it has not been evaluated yet."
+    return (
+        f"The run {root.name}: every part of an end-to-end audio language model, trained from "
+        f"scratch and then asked {count} spoken questions that it had never seen, in a voice that "
+        "it had never heard."
+    )
+
+
+def write_number(value: float | None, form: str) -> str:
+    """A measured value for people: form is percent, score, seconds or number; None is a dash."""
+    if value is None:
+        return "–"
+    if form == "percent":
+        return f"{100 * value:.1f} %"
+    if form == "seconds":
+        return f"{value:.2f} s"
+    return f"{value:.2f}" if form == "score" else f"{value:,.0f}"
+
+
+def _headline(figures: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    chosen = (
+        ("text_accuracy", "percent", "of the answers are right in the text channel"),
+        ("heard_accuracy", "percent", "are right as heard by a recogniser"),
+        ("wer", "percent", "word errors between what was written and what is heard"),
+        ("dnsmos", "score", "overall quality of the speech (DNSMOS, 1 to 5)"),
+        ("time_to_first_audio", "seconds", "from the question to the first sound"),
+    )
+    return tuple(
+        (write_number(figures[name], form), what)
+        for name, form, what in chosen
+        if figures.get(name) is not None
+    )
+
+
+def _example(folder: pathlib.Path, row: Mapping[str, Any]):
+    """One question to listen to; recordings that are missing are left out."""
+    import soundfile
+
+    from t5x_audio.evaluation import report
+
+    clips = []
+    for label, name in row["clips"].items():
+        if (folder / name).is_file():
+            samples, rate = soundfile.read(folder / name, dtype="float32")
+            clips.append(report.Clip(label, samples, rate))
+    new = {"phrasing": "asked in new words", "fact": "a fact never asked"}.get(row["novelty"], "")
+    lines = (
+        report.Line("true answer", row["answer"]),
+        report.Line("written", row["written"], row["written_right"]),
+        report.Line("heard", row["answers"]["heard"], row["answers"]["heard_right"]),
+    )
+    meta = " · ".join(part for part in (row["category"], new) if part)
+    return report.Example(_sentence(row["question"]), meta, lines, tuple(clips))
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def measured_tables(results: Mapping[str, Any]):
+    """Quality beside its anchors, speed, and accuracy by category and novelty."""
+    from t5x_audio.evaluation import report
+
+    figures = results.get("figures", {})
+    if not figures:
+        return ()
+    kinds = ("", "resynthesis_", "recordings_")
+    quality = tuple(
+        (what, *(_anchor(figures, kind + name, form) for kind in kinds))
+        for name, what, form, _ in MEASURES
+    )
+    notes = {what: note for _, what, _, note in (*MEASURES, *SPEEDS) if note}
+    columns = ("", "answers", "true answers, resynthesised", "recordings")
+    speed = tuple(
+        (what, write_number(figures[name], form))
+        for name, what, form, _ in SPEEDS
+        if name in figures
+    )
+    tables = [report.Table("The answers, beside what their parts allow", columns, quality, notes)]
+    tables += [report.Table("Speed", ("", "answers"), speed, notes)] if speed else []
+    for title, key in (("By category", "by_category"), ("By novelty", "by_novelty")):
+        rows = tuple(
+            (
+                name,
+                str(group["questions"]),
+                write_number(group["text_accuracy"], "percent"),
+                write_number(group["heard_accuracy"], "percent"),
+            )
+            for name, group in results.get(key, {}).items()
+        )
+        head = ("", "questions", "right in the text channel", "right as heard")
+        tables += [report.Table(title, head, rows)] if len(rows) > 1 else []
+    return tuple(tables)
+
+
+def _anchor(figures: Mapping[str, Any], name: str, form: str) -> str:
+    return write_number(figures[name], form) if name in figures else ""
+
+
+def _stages(root: pathlib.Path, ledger: Mapping[str, Any]):
+    """Every stage of the life with what it left behind."""
+    from t5x_audio import life
+    from t5x_audio.evaluation import curves, report
+
+    stages = []
+    for stage in life.STAGES:
+        metrics, config = root / stage.output / "metrics.jsonl", root / stage.output / "config.gin"
+        seconds = ledger.get(stage.name, {}).get("seconds")
+        stages.append(
+            report.Stage(
+                name=stage.name,
+                says=stage.says,
+                seconds=seconds,
+                metrics=curves.read_curves(metrics) if metrics.is_file() else {},
+                config=config.read_text() if config.is_file() else None,
+            )
+        )
+    return tuple(stages)
+
+
+def _facts(results: Mapping[str, Any], ledger: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Versions, seed and machine."""
+    import importlib.metadata
+
+    facts = [("seed of the evaluation", str(results["seed"]))] if "seed" in results else []
+    if machines := {row["machine"] for row in ledger.values() if "machine" in row}:
+        facts.append(("machine", "; ".join(sorted(machines))))
+    else:
+        facts.append(("machine", f"{os.cpu_count()} cores, {platform.machine()}"))
+    facts.append(("Python", platform.python_version()))
+    for package in PACKAGES:
+        try:
+            facts.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if finished := [row["finished"] for row in ledger.values() if "finished" in row]:
+        facts.append(("finished", max(finished)))
+    return tuple(facts)
+
+
+if __name__ == "__main__":
+    from t5x_audio import launch
+
+    launch.main("t5x_audio.make_report", description=__doc__)
