@@ -1,0 +1,190 @@
+"""Connectionist temporal classification: how both tokenizers learn from transcribed speech.
+
+The linguistic encoder is an ordinary CTC recogniser; the semantic tokenizer has its quantiser in the
+middle, so its loss adds the commitment of the features to their codes. Text units are SentencePiece
+ids and the blank is 0 (<unk>, which CTC never has to emit). Source: Graves et al., "Connectionist
+Temporal Classification" (ICML 2006); loss by optax; SpecAugment by Park et al. (arXiv 1904.08779).
+
+Choices: features are computed inside the compiled step, so that datasets carry waveforms only. The
+loss is per text unit. An example with more units (and forced blanks between equal neighbours) than
+frames has no alignment: it is left out and counted. The token error rate is a true edit distance,
+computed in the compiled evaluation.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from t5x_audio.audio import augment
+from t5x_audio.tokenizers.linguistic import FBANK
+
+BLANK = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecAugment:
+    """Settings of `audio.augment.spec_augment`, on frames of 10 ms; 0 masks of a kind = none."""
+
+    num_time_masks: int = 2
+    max_time_frames: int = 40
+    max_time_fraction: float = 0.2
+    num_frequency_masks: int = 2
+    max_frequency_bins: int = 27
+
+    def __call__(self, rng: jax.Array, features: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Masks features [B, N, D] of which `lengths` [B] frames count."""
+        return augment.spec_augment(rng, features, lengths, **dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class LinguisticCtc:
+    """CTC on the linguistic encoder; see `__call__`.
+
+    Attributes:
+      spec_augment: masks for training; None = off.
+    """
+
+    spec_augment: SpecAugment | None = None
+
+    def __call__(self, model, batch, rng: jax.Array, train: bool):
+        """Loss and metrics of an audio batch.
+
+        Args:
+          model: a `LinguisticTokenizer`.
+          batch: audio f32 [B, T], audio_lengths int32 [B], text_ids int32 [B, U], text_lengths [B].
+          rng: for SpecAugment.
+          train: gather feature statistics and augment; otherwise add the token error rate.
+
+        Returns:
+          (mean loss per text unit, metrics).
+        """
+        features, lengths = model.features(energy_normalize(batch["audio"]), batch["audio_lengths"])
+        features = model.normalize(features, lengths, train)
+        if train and self.spec_augment is not None:
+            # Unstacked, so that a band means the same mel channels in every frame of a stack.
+            batch_size, stacks, width = features.shape
+            frames = features.reshape(batch_size, -1, FBANK.num_mels)
+            frames = self.spec_augment(rng, frames, lengths * (frames.shape[1] // stacks))
+            features = frames.reshape(batch_size, stacks, width)
+        hidden = model.encoder(features, lengths)
+        return ctc(model.logits(hidden, lengths), lengths, batch, with_errors=not train)
+
+
+@dataclasses.dataclass(frozen=True)
+class SemanticCtc:
+    """CTC through the quantiser of the semantic tokenizer; see `__call__`.
+
+    Attributes:
+      spec_augment: masks for training; None = off.
+      commitment_weight: of the commitment loss.
+    """
+
+    spec_augment: SpecAugment | None = None
+    commitment_weight: float = 0.25
+
+    def __call__(self, model, batch, rng: jax.Array, train: bool):
+        """As `LinguisticCtc`, for a `SemanticTokenizer`; also codebook usage, perplexity, commitment."""
+        mask_rng, revival_rng = jax.random.split(rng)
+        features, lengths = model.features(energy_normalize(batch["audio"]), batch["audio_lengths"])
+        if train and self.spec_augment is not None:
+            features = self.spec_augment(mask_rng, features, lengths)
+        hidden, lengths = model.hidden(features, lengths)
+        valid = jnp.arange(hidden.shape[1]) < lengths[:, None]
+        quantised, codes, commitment = model.quantizer(hidden, valid, revival_rng, train)
+        loss, metrics = ctc(model.logits(quantised, lengths), lengths, batch, with_errors=not train)
+        metrics |= codebook_metrics(codes, valid, model.config.codebook_size)
+        metrics["commitment"] = (commitment, jnp.float32(1))
+        return loss + self.commitment_weight * commitment, metrics
+
+
+def energy_normalize(audio: jax.Array) -> jax.Array:
+    """Scales each row of [B, T] to a peak of 0.999, but by no more than 100: as Step-Audio does."""
+    peak = jnp.max(jnp.abs(audio), axis=-1, keepdims=True)
+    return audio * (0.999 / jnp.maximum(peak, 0.01))
+
+
+def ctc(logits: jax.Array, lengths: jax.Array, batch, with_errors: bool):
+    """CTC loss of logits [B, N, V] with frame counts [B] against the batch's text.
+
+    Returns:
+      (loss per text unit [], metrics): "ctc_loss" per unit; 'skipped', the share of examples without an
+      alignment; with `with_errors` also 'token_error_rate'.
+    """
+    labels, label_lengths = batch["text_ids"], batch["text_lengths"]
+    padding = (jnp.arange(logits.shape[1]) >= lengths[:, None]).astype(jnp.float32)
+    label_padding = (jnp.arange(labels.shape[1]) >= label_lengths[:, None]).astype(jnp.float32)
+    losses = optax.ctc_loss(logits, padding, labels, label_padding, blank_id=BLANK)
+    present = (lengths > 0) & (label_lengths > 0)
+    possible = present & (required_frames(labels, label_lengths) <= lengths)
+    units = jnp.sum(jnp.where(possible, label_lengths, 0)).astype(jnp.float32)
+    total = jnp.sum(jnp.where(possible, losses, 0.0))
+    metrics = {
+        "ctc_loss": (total, units),
+        "skipped": (
+            jnp.sum(present & ~possible).astype(jnp.float32),
+            jnp.sum(present).astype(jnp.float32),
+        ),
+    }
+    if with_errors:
+        hypotheses, hypothesis_lengths = greedy(logits, lengths)
+        errors = edit_distance(hypotheses, hypothesis_lengths, labels, label_lengths)
+        metrics["token_error_rate"] = (
+            jnp.sum(jnp.where(present, errors, 0)).astype(jnp.float32),
+            jnp.sum(jnp.where(present, label_lengths, 0)).astype(jnp.float32),
+        )
+    return total / jnp.maximum(units, 1.0), metrics
+
+
+def required_frames(labels: jax.Array, label_lengths: jax.Array) -> jax.Array:
+    """Fewest frames [B] that can spell labels [B, U]: one each, and one between equal neighbours."""
+    inside = jnp.arange(1, labels.shape[1]) < label_lengths[:, None]
+    repeats = jnp.sum((labels[:, 1:] == labels[:, :-1]) & inside, axis=1)
+    return label_lengths + repeats
+
+
+def greedy(logits: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Best-path decoding of [B, N, V]: (ids int32 [B, N], left-aligned and 0-padded, counts [B])."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    before = jnp.pad(best[:, :-1], ((0, 0), (1, 0)), constant_values=BLANK)
+    inside = jnp.arange(best.shape[1]) < lengths[:, None]
+    keep = inside & (best != BLANK) & (best != before)
+    order = jnp.argsort(~keep, axis=1, stable=True)
+    counts = jnp.sum(keep, axis=1).astype(jnp.int32)
+    ids = jnp.take_along_axis(best, order, axis=1)
+    return jnp.where(jnp.arange(ids.shape[1]) < counts[:, None], ids, 0), counts
+
+
+def edit_distance(hypotheses, hypothesis_lengths, references, reference_lengths) -> jax.Array:
+    """Levenshtein distance int32 [B] of ids [B, N] (counts [B]) to ids [B, U] (counts [B]).
+
+    A row of the table depends on itself only through insertions, whose running minimum is a
+    cumulative minimum; so the scan is over hypothesis ids alone.
+    """
+    columns = jnp.arange(references.shape[1] + 1)
+
+    def row(previous, step):
+        ids, index = step
+        substituted = previous[:, :-1] + (references != ids[:, None])
+        best = jnp.minimum(previous[:, 1:] + 1, substituted)
+        best = jnp.concatenate([previous[:, :1] + 1, best], axis=1)
+        best = jax.lax.cummin(best - columns, axis=1) + columns
+        return jnp.where((index < hypothesis_lengths)[:, None], best, previous), None
+
+    start = jnp.broadcast_to(columns, (references.shape[0], len(columns))).astype(jnp.int32)
+    steps = (hypotheses.swapaxes(0, 1), jnp.arange(hypotheses.shape[1]))
+    table, _ = jax.lax.scan(row, start, steps)
+    return jnp.take_along_axis(table, reference_lengths[:, None], axis=1)[:, 0]
+
+
+def codebook_metrics(codes: jax.Array, valid: jax.Array, size: int) -> dict:
+    """Share of codes used by codes [B, M] where valid [B, M], and the perplexity of the batch."""
+    counts = jax.ops.segment_sum(valid.astype(jnp.float32).reshape(-1), codes.reshape(-1), size)
+    share = counts / jnp.maximum(jnp.sum(counts), 1.0)
+    entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0.0))
+    one = jnp.float32(1)
+    return {
+        "codebook_usage": (jnp.mean(counts > 0).astype(jnp.float32), one),
+        "codebook_perplexity": (jnp.exp(entropy), one),
+    }

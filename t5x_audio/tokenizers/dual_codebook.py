@@ -1,0 +1,102 @@
+"""The dual-codebook tokenizer: one waveform -> two code streams -> one merged stream.
+
+The linguistic stream runs at 16.67 Hz, the semantic at 25 Hz, so 2 linguistic and 3 semantic
+codes cover the same 0.12 s: such groups of five, linguistic first, are the merged stream
+(Step-Audio, arXiv 2502.11946, section 3.1; grouping and dropped remainder as in its published
+tokenizer). A flat local code is a linguistic code c, or linguistic_size + semantic code c.
+"""
+
+from collections.abc import Sequence
+
+import flax.nnx as nnx
+import numpy as np
+
+from t5x_audio.errors import UserError
+from t5x_audio.tokenizers import batching
+
+LINGUISTIC_PER_GROUP = 2
+SEMANTIC_PER_GROUP = 3
+GROUP_SIZE = LINGUISTIC_PER_GROUP + SEMANTIC_PER_GROUP
+GROUP_SECONDS = 0.12
+
+
+def merge(linguistic: np.ndarray, semantic: np.ndarray, linguistic_size: int) -> np.ndarray:
+    """Interleaves linguistic [N] and semantic [M] local codes 2:3.
+
+    Returns:
+      int32 [5 g] flat local codes with g = min(N // 2, M // 3) groups; the remainder is dropped.
+    """
+    linguistic, semantic = np.asarray(linguistic, np.int32), np.asarray(semantic, np.int32)
+    groups = min(len(linguistic) // LINGUISTIC_PER_GROUP, len(semantic) // SEMANTIC_PER_GROUP)
+    first = linguistic[: groups * LINGUISTIC_PER_GROUP].reshape(groups, LINGUISTIC_PER_GROUP)
+    second = semantic[: groups * SEMANTIC_PER_GROUP].reshape(groups, SEMANTIC_PER_GROUP)
+    return np.concatenate([first, second + linguistic_size], axis=1).reshape(-1)
+
+
+def split(flat: np.ndarray, linguistic_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inverse of `merge`: flat local codes [5 g] -> (linguistic [2 g], semantic [3 g]), int32.
+
+    Raises:
+      ValueError: the length is no multiple of 5, or a code is of the wrong codebook for its place.
+    """
+    flat = np.asarray(flat, np.int32)
+    if flat.ndim != 1 or len(flat) % GROUP_SIZE:
+        raise ValueError(f"flat codes come in groups of {GROUP_SIZE}, got shape {flat.shape}")
+    groups = flat.reshape(-1, GROUP_SIZE)
+    linguistic, semantic = groups[:, :LINGUISTIC_PER_GROUP], groups[:, LINGUISTIC_PER_GROUP:]
+    if (linguistic < 0).any() or (linguistic >= linguistic_size).any():
+        raise ValueError("a linguistic place holds another kind of code")
+    if (semantic < linguistic_size).any():
+        raise ValueError("a semantic place holds another kind of code")
+    return linguistic.reshape(-1), semantic.reshape(-1) - linguistic_size
+
+
+class DualCodebookTokenizer:
+    """Both tokenizers behind one call.
+
+    Attributes:
+      linguistic_size, semantic_size: codebook sizes.
+      size: number of flat local codes.
+      sample_rate: of the waveforms it takes, Hz.
+      linguistic_rate, semantic_rate: codes per second.
+    """
+
+    sample_rate = batching.SAMPLE_RATE
+
+    def __init__(self, linguistic: nnx.Module, semantic: nnx.Module):
+        """Takes a `LinguisticTokenizer` and a `SemanticTokenizer`, trained."""
+        self.linguistic, self.semantic = linguistic, semantic
+        self.linguistic_size = linguistic.config.codebook_size
+        self.semantic_size = semantic.config.codebook_size
+        self.linguistic_rate, self.semantic_rate = linguistic.frame_rate, semantic.frame_rate
+        self._linguistic_encoder = batching.BucketedEncoder(linguistic)
+        self._semantic_encoder = batching.BucketedEncoder(semantic)
+
+    @property
+    def size(self) -> int:
+        """Number of flat local codes."""
+        return self.linguistic_size + self.semantic_size
+
+    def encode(self, waveform: np.ndarray) -> np.ndarray:
+        """Waveform float [T] in [-1, 1] at 16 kHz -> flat local codes int32 [5 g].
+
+        Raises:
+          UserError: the waveform is too short for one group.
+        """
+        flat = merge(*self.encode_batch([waveform])[0], self.linguistic_size)
+        if not len(flat):
+            seconds = len(waveform) / self.sample_rate
+            raise UserError(
+                f"recording of {seconds:.3f} s is too short for one group of codes "
+                f"({GROUP_SECONDS} s); give a longer one"
+            )
+        return flat
+
+    def encode_batch(self, waveforms: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Encodes float [T_i] waveforms at 16 kHz; (linguistic int32 [N_i], semantic int32 [M_i]) each.
+
+        Waveforms are padded to a few static lengths; padding never changes a code.
+        """
+        linguistic = self._linguistic_encoder(waveforms)
+        semantic = self._semantic_encoder(waveforms)
+        return list(zip(linguistic, semantic, strict=True))

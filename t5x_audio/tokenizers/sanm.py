@@ -1,0 +1,309 @@
+"""The SAN-M encoder of Paraformer: self-attention with a convolutional memory on the values.
+
+Per layer, pre-norm: x + attention(norm(x)) + memory(values), then x + ReLU feed-forward, where the
+memory (FSMN) is a depth-wise convolution of 11 frames over the value vectors plus the values
+themselves. The first layer maps the stacked filter banks to the width and so has no residual.
+Source: Gao et al., "SAN-M: Memory Equipped Self-Attention for End-to-End Speech Recognition"
+(arXiv 2006.01713); layout and constants as in FunASR's `sanm` modules and Step-Audio's use of them.
+
+Choices:
+- `context="full"`: every frame sees the whole utterance. `context="chunk"`: the streaming encoder
+  with chunks [0, 4, 5]: each call takes 4 new frames, sees them together with the 5 before (which
+  are computed again) and with keys and values of at most 16 earlier frames per layer, and emits 4.
+- Chunk mode is `step`, a pure function of (chunk, state); offline chunk encoding scans that same
+  step. The layers are one piece of code for both contexts.
+- The depth-wise convolution is a sum of shifted products: XLA fuses it to one loop, where a grouped
+  convolution is several times slower on a CPU, above all its gradient.
+"""
+
+import dataclasses
+
+import flax.nnx as nnx
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class SanmConfig:
+    """Sizes of the encoder; the defaults are Paraformer-large's.
+
+    Attributes:
+      input_dim: of the stacked filter banks (80 mel x 7 frames).
+      num_layers: with the first, which maps input_dim to width.
+      width, num_heads, mlp_dim: of every layer.
+      kernel_size: frames of the FSMN memory, odd.
+      context: 'full' or 'chunk'.
+      chunk_frames: new frames a step.
+      overlap_frames: frames before them that are computed again.
+      look_back_chunks: chunks whose keys and values stay visible.
+      norm_epsilon: of the layer norms.
+      dtype: compute type of the matrix products.
+      scan_unroll: layers unrolled in the compiled scan; all of them is fastest for a small model.
+    """
+
+    input_dim: int = 560
+    num_layers: int = 50
+    width: int = 512
+    num_heads: int = 4
+    mlp_dim: int = 2048
+    kernel_size: int = 11
+    context: str = "full"
+    chunk_frames: int = 4
+    overlap_frames: int = 5
+    look_back_chunks: int = 4
+    norm_epsilon: float = 1e-12
+    dtype: str = "float32"
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is no multiple of {self.num_heads} heads")
+        if self.context not in ("full", "chunk"):
+            raise ValueError(f"context is 'full' or 'chunk', not {self.context!r}")
+
+    def make(self, rngs: nnx.Rngs) -> "SanmEncoder":
+        """Builds the encoder."""
+        return SanmEncoder(self, rngs)
+
+
+@flax.struct.dataclass
+class SanmState:
+    """Streaming state of B utterances, L layers, C = 16 cached frames, H heads of D.
+
+    Attributes:
+      position: int32 [], frames seen; the next frame is position + 1 in the positional encoding.
+      overlap: [B, overlap_frames, input_dim], the last inputs, after positional encoding.
+      keys, values: [L, B, C, H, D].
+      filled: int32 [], how many of the C cached frames are real; they are the last ones.
+    """
+
+    position: jax.Array
+    overlap: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    filled: jax.Array
+
+
+def positional_encoding(positions: jax.Array, depth: int) -> jax.Array:
+    """Sinusoids float32 [..., depth] of positions [...] (counted from 1): sines, then cosines."""
+    half = depth // 2
+    rates = jnp.exp(jnp.arange(half) * -(jnp.log(10000.0) / (half - 1)))
+    angles = positions[..., None].astype(jnp.float32) * rates
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class SanmLayer(nnx.Module):
+    """One layer; `layers` prefixes the logical axes of layers that are stacked for a scan."""
+
+    def __init__(self, config: SanmConfig, input_dim: int, rngs: nnx.Rngs, layers=()):
+        """Builds a layer that maps input_dim to config.width."""
+        self.config = config
+        self.residual = input_dim == config.width
+        dtype, width = jnp.dtype(config.dtype), config.width
+
+        def linear(n_in, n_out, axes):
+            init = nnx.with_metadata(nnx.initializers.lecun_normal(), logical_axes=(*layers, *axes))
+            bias = nnx.with_metadata(
+                nnx.initializers.zeros_init(), logical_axes=(*layers, axes[-1])
+            )
+            return nnx.Linear(n_in, n_out, kernel_init=init, bias_init=bias, dtype=dtype, rngs=rngs)
+
+        def norm(dim):
+            return nnx.LayerNorm(
+                dim,
+                epsilon=config.norm_epsilon,
+                dtype=jnp.float32,
+                use_fast_variance=False,
+                rngs=rngs,
+            )
+
+        self.attention_norm, self.mlp_norm = norm(input_dim), norm(width)
+        self.qkv = linear(input_dim, 3 * width, ("embed", "heads"))
+        self.out = linear(width, width, ("heads", "embed"))
+        self.memory = nnx.Param(
+            nnx.initializers.normal(config.kernel_size**-0.5)(
+                rngs.params(), (config.kernel_size, width)
+            ),
+            logical_axes=(*layers, None, "heads"),
+        )
+        self.up = linear(width, config.mlp_dim, ("embed", "mlp"))
+        self.down = linear(config.mlp_dim, width, ("mlp", "embed"))
+
+    def __call__(self, x, valid, past=None):
+        """One layer on x [B, T, input_dim] with valid bool [B, T].
+
+        `past` = (keys [B, C, H, D], values, valid bool [B, C]) of earlier frames.
+
+        Returns:
+          (y [B, T, width], keys [B, T, H, D], values) of the present frames.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        attended, keys, values = self._attend(self.attention_norm(x).astype(dtype), valid, past)
+        x = x + attended if self.residual else attended
+        x = x + self.down(jax.nn.relu(self.up(self.mlp_norm(x).astype(dtype))))
+        return x, keys, values
+
+    def _attend(self, x, valid, past):
+        heads = self.config.num_heads
+        batch, length, _ = x.shape
+        query, key, flat_value = jnp.split(self.qkv(x), 3, axis=-1)
+        query, key, value = (a.reshape(batch, length, heads, -1) for a in (query, key, flat_value))
+        all_keys, all_values, visible = key, value, valid
+        if past is not None:
+            all_keys = jnp.concatenate([past[0], key], axis=1)
+            all_values = jnp.concatenate([past[1], value], axis=1)
+            visible = jnp.concatenate([past[2], valid], axis=1)
+        query = query * query.shape[-1] ** -0.5
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, all_keys).astype(jnp.float32)
+        scores = jnp.where(visible[:, None, None, :], scores, -1e30)
+        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, all_values)
+        attended = self.out(mixed.reshape(batch, length, -1))
+        return attended + self._remember(flat_value, valid), key, value
+
+    def _remember(self, value, valid):
+        """FSMN memory of values [B, T, width]: convolution over time plus identity."""
+        value = jnp.where(valid[:, :, None], value, 0)
+        size, length = self.config.kernel_size, value.shape[1]
+        padded = jnp.pad(value, ((0, 0), (size // 2, size // 2), (0, 0)))
+        kernel = self.memory[...].astype(value.dtype)
+        return value + sum(kernel[k] * padded[:, k : k + length] for k in range(size))
+
+
+class SanmEncoder(nnx.Module):
+    """The encoder; see the module docstring."""
+
+    def __init__(self, config: SanmConfig, rngs: nnx.Rngs):
+        """Builds the encoder of `config`."""
+        self.config = config
+        self.first = SanmLayer(config, config.input_dim, rngs)
+        if config.num_layers > 1:
+
+            @nnx.split_rngs(splits=config.num_layers - 1)
+            @nnx.vmap(in_axes=0, out_axes=0)
+            def make(rngs):
+                return SanmLayer(config, config.width, rngs, layers=("layers",))
+
+            self.rest = make(rngs)
+        self.final_norm = nnx.LayerNorm(
+            config.width,
+            epsilon=config.norm_epsilon,
+            dtype=jnp.float32,
+            use_fast_variance=False,
+            rngs=rngs,
+        )
+
+    def __call__(self, features: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Encodes whole utterances in the configured context.
+
+        Args:
+          features: [B, T, input_dim], normalised.
+          lengths: int32 [B], valid frames.
+
+        Returns:
+          float32 [B, T, width]; frames beyond an utterance's length are undefined.
+        """
+        if self.config.context == "chunk":
+            return self._scan_chunks(features, lengths)
+        length = features.shape[1]
+        x = self._embed(features, jnp.arange(1, length + 1))
+        valid = jnp.arange(length) < lengths[:, None]
+        x, _, _ = self._run_layers(x, valid, None)
+        return self.final_norm(x)
+
+    def initial_state(self, batch_size: int) -> SanmState:
+        """The streaming state of `batch_size` utterances before their first frame."""
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        cached = c.look_back_chunks * c.chunk_frames
+        cache = jnp.zeros(
+            (c.num_layers, batch_size, cached, c.num_heads, c.width // c.num_heads), dtype
+        )
+        return SanmState(
+            position=jnp.int32(0),
+            overlap=jnp.zeros((batch_size, c.overlap_frames, c.input_dim)),
+            keys=cache,
+            values=cache,
+            filled=jnp.int32(0),
+        )
+
+    def step(
+        self, chunk: jax.Array, lengths: jax.Array, state: SanmState
+    ) -> tuple[jax.Array, SanmState]:
+        """Encodes the next chunk of every utterance.
+
+        Args:
+          chunk: [B, chunk_frames, input_dim], normalised.
+          lengths: int32 [B], valid frames of the chunk; less than all only where the speech ends.
+          state: from `initial_state` or the previous step.
+
+        Returns:
+          (float32 [B, chunk_frames, width], the next state).
+        """
+        c = self.config
+        frames = self._embed(chunk, state.position + 1 + jnp.arange(c.chunk_frames))
+        x = jnp.concatenate([state.overlap, frames], axis=1)
+        valid = jnp.arange(x.shape[1]) < (c.overlap_frames + lengths)[:, None]
+        cached = state.keys.shape[2]
+        seen = jnp.broadcast_to(jnp.arange(cached) >= cached - state.filled, (len(chunk), cached))
+        overlap = x[:, c.chunk_frames :]
+        x, keys, values = self._run_layers(x, valid, (state.keys, state.values, seen))
+        state = SanmState(
+            position=state.position + c.chunk_frames,
+            overlap=overlap,
+            keys=self._slide(state.keys, keys),
+            values=self._slide(state.values, values),
+            filled=jnp.minimum(state.filled + c.chunk_frames, cached),
+        )
+        return self.final_norm(x[:, c.overlap_frames :]), state
+
+    def _slide(self, cache, new):
+        """Appends the frames that leave the overlap to a cache [L, B, C, H, D], drops the oldest."""
+        kept = new[:, :, : -self.config.overlap_frames]
+        return jnp.concatenate([cache, kept], axis=2)[:, :, -cache.shape[2] :]
+
+    def _embed(self, features, positions):
+        scaled = features.astype(jnp.float32) * self.config.width**0.5
+        return scaled + positional_encoding(positions, self.config.input_dim)
+
+    def _run_layers(self, x, valid, past):
+        """All layers; past and the returned keys and values are stacked over layers (or None)."""
+        streaming = past is not None
+        seen = past[2] if streaming else None
+        first_past = (past[0][0], past[1][0], seen) if streaming else None
+        x, key, value = self.first(x, valid, first_past)
+        if self.config.num_layers == 1:
+            return x, key[None], value[None]
+        graph, parameters = nnx.split(self.rest)
+
+        def body(x, layer):
+            parameters, cache = layer
+            layer_past = (*cache, seen) if streaming else None
+            x, key, value = nnx.merge(graph, parameters)(x, valid, layer_past)
+            return x, (key, value) if streaming else None
+
+        rest_past = (past[0][1:], past[1][1:]) if streaming else None
+        unroll = min(self.config.scan_unroll, self.config.num_layers - 1)
+        x, caches = jax.lax.scan(body, x, (parameters, rest_past), unroll=unroll)
+        if not streaming:
+            return x, None, None
+        keys, values = caches
+        return x, jnp.concatenate([key[None], keys]), jnp.concatenate([value[None], values])
+
+    def _scan_chunks(self, features, lengths):
+        """Chunk context over whole utterances: the streaming step, scanned."""
+        size = self.config.chunk_frames
+        batch, length, dim = features.shape
+        count = -(-length // size)
+        padded = jnp.pad(features, ((0, 0), (0, count * size - length), (0, 0)))
+        chunks = padded.reshape(batch, count, size, dim).swapaxes(0, 1)
+        valid = jnp.clip(lengths - size * jnp.arange(count)[:, None], 0, size)
+        graph, parameters = nnx.split(self)
+
+        def body(state, chunk):
+            output, state = nnx.merge(graph, parameters).step(*chunk, state)
+            return state, output
+
+        _, outputs = jax.lax.scan(body, self.initial_state(batch), (chunks, valid))
+        return outputs.swapaxes(0, 1).reshape(batch, count * size, -1)[:, :length]

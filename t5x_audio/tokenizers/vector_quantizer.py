@@ -1,0 +1,106 @@
+"""Nearest-neighbour quantiser with an exponential-moving-average codebook, for use inside a network.
+
+Features and codes are L2-normalised and compared by Euclidean distance. Training: the codebook
+follows the features it wins (van den Oord et al., arXiv 1711.00937, appendix A), gradients pass
+straight through, a commitment loss holds the features near their codes, and a code that wins far
+less than an even share is moved onto a random feature of the batch (as in Jukebox, arXiv
+2005.00341, section 3.2). A fresh codebook therefore settles on the data in its first batch.
+"""
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+
+from t5x_audio.tokenizers import kmeans
+
+
+class Codebook(nnx.Variable):
+    """Variable type of codes and their running statistics: state, not trained by gradients."""
+
+
+class VectorQuantizer(nnx.Module):
+    """Quantises [..., D] features to one of K codes.
+
+    Attributes:
+      codes: [K, D], of unit length.
+      counts, sums: moving averages of how many features a code wins [K], and of their sum [K, D].
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        dim: int,
+        rngs: nnx.Rngs,
+        *,
+        decay: float = 0.99,
+        revival_share: float = 0.05,
+    ):
+        """Starts from random codes; `revival_share` is of an even share of the wins."""
+        self.decay, self.revival_share = decay, revival_share
+        codes = normalize(jax.random.normal(rngs.params(), (num_codes, dim)))
+        self.codes = Codebook(codes)
+        self.counts = Codebook(jnp.zeros(num_codes))
+        self.sums = Codebook(jnp.zeros((num_codes, dim)))
+
+    def encode(self, features: jax.Array) -> jax.Array:
+        """Features [..., D] -> codes int32 [...]."""
+        return kmeans.nearest(normalize(features), self.codes[...])
+
+    def __call__(self, features, valid, rng=None, train: bool = False):
+        """Quantises with a straight-through gradient, and learns when `train`.
+
+        Args:
+          features: [B, T, D].
+          valid: bool [B, T].
+          rng: for the revival of dead codes; needed when `train`.
+          train: update the codebook from this batch.
+
+        Returns:
+          (quantised float32 [B, T, D] of unit length, codes int32 [B, T], commitment loss []: the
+          mean squared distance of the normalised features to their codes).
+        """
+        features = normalize(features)
+        if train:
+            # First revive, then quantise: even the first batch meets codes that fit it.
+            self._revive(features, valid, rng)
+        codes = kmeans.nearest(jax.lax.stop_gradient(features), self.codes[...])
+        chosen = jnp.take(self.codes[...], codes, axis=0)
+        if train:
+            self._follow(jax.lax.stop_gradient(features), codes, valid)
+        distance = jnp.sum(jnp.square(features - jax.lax.stop_gradient(chosen)), axis=-1)
+        weight = valid.astype(jnp.float32)
+        commitment = jnp.sum(distance * weight) / jnp.maximum(jnp.sum(weight), 1.0)
+        return features + jax.lax.stop_gradient(chosen - features), codes, commitment
+
+    def _follow(self, features, codes, valid):
+        """Moves the statistics and codes towards the batch."""
+        size, dim = self.codes.shape
+        weight = valid.astype(jnp.float32).reshape(-1)
+        flat, index = features.reshape(-1, dim), codes.reshape(-1)
+        counts = jax.ops.segment_sum(weight, index, size)
+        sums = jax.ops.segment_sum(flat * weight[:, None], index, size)
+        self.counts[...] = self.decay * self.counts[...] + (1 - self.decay) * counts
+        self.sums[...] = self.decay * self.sums[...] + (1 - self.decay) * sums
+        moved = normalize(self.sums[...])
+        self.codes[...] = jnp.where(self.counts[...][:, None] > 0, moved, self.codes[...])
+
+    def _revive(self, features, valid, rng):
+        """Puts codes that hardly ever win onto random valid features."""
+        features = jax.lax.stop_gradient(features)
+        share = jnp.mean(self.counts[...])
+        fresh = share == 0  # nothing has been counted yet: every code is a candidate
+        dead = (self.counts[...] < self.revival_share * share) | fresh
+        logits = jnp.where(valid.reshape(-1), 0.0, -jnp.inf)
+        drawn = jax.random.categorical(rng, logits, shape=dead.shape)
+        points = jnp.take(features.reshape(-1, features.shape[-1]), drawn, axis=0)
+        # A revived code gets the credit of a code on trial, not of a popular one.
+        credit = jnp.where(fresh, 1e-3, self.revival_share * 4 * share)
+        self.codes[...] = jnp.where(dead[:, None], points, self.codes[...])
+        self.counts[...] = jnp.where(dead, credit, self.counts[...])
+        self.sums[...] = jnp.where(dead[:, None], points * credit, self.sums[...])
+
+
+def normalize(x: jax.Array) -> jax.Array:
+    """Float32 [..., D] scaled to unit length; zero stays zero."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-12))
