@@ -206,14 +206,15 @@ def _stages(root: pathlib.Path, ledger: Mapping[str, Any]):
 
     stages = []
     for stage in life.STAGES:
-        metrics, config = root / stage.output / "metrics.jsonl", root / stage.output / "config.gin"
+        folder = root / stage.output
+        config = folder / "config.gin"
         seconds = ledger.get(stage.name, {}).get("seconds")
         stages.append(
             report.Stage(
                 name=stage.name,
                 says=stage.says,
                 seconds=seconds,
-                metrics=curves.read_curves(metrics) if metrics.is_file() else {},
+                metrics=curves.read_curves(folder),
                 config=config.read_text() if config.is_file() else None,
             )
         )

@@ -42,7 +42,7 @@ def evaluated(tmp_path):
     stages = {"sft1": {"seconds": 65.0, "machine": "2 cores", "finished": "2026-01-01"}}
     (root / "stages.json").write_text(json.dumps(stages))
     (root / "sft1").mkdir()
-    log = [{"step": s, "kind": "train", "loss": 3.0 / (s + 1)} for s in range(20)]
+    log = [{"step": s, "split": "train", "loss": 3.0 / (s + 1)} for s in range(20)]
     (root / "sft1" / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
     (root / "sft1" / "config.gin").write_text("train.run.seed = 3\n")
     return root

@@ -12,6 +12,8 @@ import math
 import pathlib
 from collections.abc import Sequence
 
+from t5x_audio.training.metrics import read_metrics
+
 MAX_POINTS = 240  # more do not show in a chart 340 units wide, and would make the page heavy
 
 
@@ -30,33 +32,27 @@ class Series:
     values: tuple[float, ...]
 
 
-def read_curves(path: pathlib.Path) -> dict[str, list[Series]]:
-    """Reads a stage's `metrics.jsonl`: one row {"step", "kind": "train"|"eval", metric: value}.
+def read_curves(directory: pathlib.Path) -> dict[str, list[Series]]:
+    """The curves of a stage's directory from its `metrics.jsonl`; none where there is no such file.
 
-    Rows cut short by an interruption, and values that are not finite numbers, are left out. A step
-    logged twice (before and after an interruption) counts as logged the last time.
+    Values that are not finite numbers are left out. A step logged twice (before and after an
+    interruption) counts as logged the last time.
 
     Returns:
-      {metric: one Series a kind}, metrics in the order in which they first appear.
+      {metric: one Series a split}, metrics in the order in which they first appear.
     """
     found: dict[str, dict[str, dict[int, float]]] = {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if not isinstance(row, dict) or "step" not in row:
-            continue
-        step, kind = int(row.pop("step")), str(row.pop("kind", "train"))
+    for row in read_metrics(directory):
+        step, split = int(row.pop("step")), str(row.pop("split", "train"))
         for name, value in row.items():
             if isinstance(value, int | float) and math.isfinite(value):
-                found.setdefault(name, {}).setdefault(kind, {})[step] = float(value)
+                found.setdefault(name, {}).setdefault(split, {})[step] = float(value)
     return {
         name: [
-            Series(kind, tuple(sorted(points)), tuple(points[step] for step in sorted(points)))
-            for kind, points in kinds.items()
+            Series(split, tuple(sorted(points)), tuple(points[step] for step in sorted(points)))
+            for split, points in splits.items()
         ]
-        for name, kinds in found.items()
+        for name, splits in found.items()
     }
 
 
@@ -153,7 +149,7 @@ def _shape(one: Series, frame: _Frame) -> str:
             f'<circle cx="{frame.x(s):.1f}" cy="{frame.y(v):.1f}" r="2.6"/>' for s, v in points
         )
         line = f'<path d="{frame.path(one.steps, one.values)}"/>' if len(points) > 1 else ""
-        return f'<g class="eval">{line}{dots}</g>'
+        return f'<g class="held-out">{line}{dots}</g>'
     return (
         f'<path class="raw" d="{frame.path(one.steps, one.values)}"/>'
         f'<path class="mean" d="{frame.path(one.steps, _smooth(one))}"/>'

@@ -88,8 +88,8 @@ gap:1.2rem 1.4rem;margin:.6rem 0 1rem}
 .chart path{fill:none;stroke-linejoin:round}
 .chart .raw{stroke:var(--accent);stroke-width:1;opacity:.28}
 .chart .mean{stroke:var(--accent);stroke-width:1.9}
-.chart .eval path{stroke:var(--eval);stroke-width:1;opacity:.6;stroke-dasharray:2 3}
-.chart .eval circle{fill:var(--eval)}
+.chart .held-out path{stroke:var(--eval);stroke-width:1;opacity:.6;stroke-dasharray:2 3}
+.chart .held-out circle{fill:var(--eval)}
 .chart .cursor{stroke:var(--soft);stroke-width:1}
 .tip{position:absolute;top:1.4rem;right:0;font:.75rem/1.45 var(--sans);background:var(--card);
 border:1px solid var(--line);border-radius:6px;padding:.25rem .5rem;pointer-events:none;

@@ -96,22 +96,22 @@ def test_pictures_of_any_length(num_samples):
     assert np.isfinite(spectrogram.spectrogram(samples, 16000)).all()
 
 
-def test_read_curves_merges_kinds_and_survives_a_cut(tmp_path):
+def test_read_curves_merges_splits_and_survives_a_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [
-        {"step": 1, "kind": "train", "loss": 3.0},
-        {"step": 2, "kind": "train", "loss": 9.0},
-        {"step": 2, "kind": "train", "loss": 2.0},  # logged again after an interruption
-        {"step": 2, "kind": "eval", "loss": 2.5, "accuracy": 0.5},
-        {"step": 3, "kind": "train", "loss": math.nan},
+        {"step": 1, "split": "train", "loss": 3.0},
+        {"step": 2, "split": "train", "loss": 9.0},
+        {"step": 2, "split": "train", "loss": 2.0},  # logged again after an interruption
+        {"step": 2, "split": "validation", "loss": 2.5, "accuracy": 0.5},
+        {"step": 3, "split": "train", "loss": math.nan},
     ]
     path.write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 4, "lo')
-    found = curves.read_curves(path)
+    found = curves.read_curves(tmp_path)
     assert found["loss"] == [
         curves.Series("train", (1, 2), (3.0, 2.0)),
-        curves.Series("eval", (2,), (2.5,)),
+        curves.Series("validation", (2,), (2.5,)),
     ]
-    assert found["accuracy"] == [curves.Series("eval", (2,), (0.5,))]
+    assert found["accuracy"] == [curves.Series("validation", (2,), (0.5,))]
 
 
 def test_chart_covers_the_values():
@@ -127,7 +127,7 @@ def test_chart_covers_the_values():
 
 @given(
     st.lists(st.floats(-1e6, 1e6, allow_nan=False), min_size=1, max_size=600),
-    st.sampled_from(["train", "eval"]),
+    st.sampled_from(["train", "validation"]),
 )
 def test_chart_of_any_values(values, name):
     svg = curves.draw([curves.Series(name, tuple(range(len(values))), tuple(values))], label="x")
