@@ -222,4 +222,5 @@ def merge_model(graphdef, params, variables, train: bool) -> nnx.Module:
 
 def updated_variables(model: nnx.Module):
     """The nnx.State of everything but the parameters, to be carried to the next step."""
+    nnx.pop(model, nnx.Intermediate)  # What a forward sows isn't state.
     return jax.lax.stop_gradient(nnx.split(model, nnx.Param, ...)[2])

@@ -1,0 +1,159 @@
+"""Trains any learner: the one loop, for every model, from a laptop to a pod.
+
+    python -m t5x_audio.train --gin_file=gin/models/demo.gin --gin_file=gin/runs/<run>.gin
+
+The loop knows a learner (`init`, `step`, `evaluate`) and a dataset of numpy batches whose
+iterator has a state. It is deterministic from the seed: the randomness of a step is a function of
+the seed and the step's index, so a run that is stopped in any way and started again computes, bit
+for bit, what an uninterrupted one does. Checkpoints hold state and iterator and are written in
+the background; SIGINT and SIGTERM write one first. Metrics stay on the device until logged.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from t5x_audio import launch
+
+if TYPE_CHECKING:
+    from t5x_audio.training.learner import Learner
+    from t5x_audio.training.partitioning import MeshShape, ShardingRules
+
+
+def run(
+    *,
+    learner: "Learner",
+    dataset: Any,
+    steps: int,
+    model_dir: str | None = None,
+    run_dir: str | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    log_every: int = 10,
+    eval_every: int = 0,
+    save_every: int = 500,
+    keep: int = 2,
+    keep_every: int | None = None,
+    throughput_key: str | None = None,
+    throughput_unit: str = "examples",
+    mesh: "MeshShape | None" = None,
+    rules: "ShardingRules | None" = None,
+) -> dict[str, Any]:
+    """Trains until `steps`, continuing from the latest checkpoint in the directory.
+
+    Args:
+      learner: what is trained.
+      dataset: `iter(dataset)` yields numpy batches (dicts) without end and has get_state and
+        set_state; `dataset.eval_batches()`, if it exists, yields a finite number.
+      steps: updates in total, over all restarts.
+      model_dir: where the run lives; default `run_dir`/`name`.
+      run_dir, name: see `model_dir`.
+      seed: of the initial weights and of every step's randomness.
+      log_every, eval_every, save_every: in steps; 0 for eval_every evaluates at the end only.
+      keep: checkpoints to keep; multiples of `keep_every` stay besides.
+      throughput_key: batch field that is counted for the rate: the sum of a vector (lengths), the
+        nonzero elements of anything larger (segment ids). None counts examples.
+      throughput_unit: what that is.
+      mesh: devices along each mesh axis; default all of them on `data`.
+      rules: logical axes to mesh axes.
+
+    Returns:
+      model_dir, step, the last train and validation metrics.
+
+    Raises:
+      UserError: bad sizes, mesh or data, or a loss that isn't finite.
+      KeyboardInterrupt: after a signal, with everything saved.
+    """
+    # Heavy, and of no use to --help.
+    import jax
+
+    from t5x_audio.training import checkpoints, partitioning, prefetch, progress, provenance
+    from t5x_audio.training.metrics import MetricWriter, summarize
+
+    directory = progress.run_directory(model_dir, run_dir, name)
+    saved = checkpoints.RunCheckpoints(directory, learner.model_configs, keep, keep_every)
+    if (saved.latest_step() or 0) >= steps:
+        print(f"{directory}: finished already, at step {saved.latest_step()}", file=sys.stderr)
+        return progress.results(directory, saved.latest_step())
+    mesh = (mesh or partitioning.MeshShape()).make()
+    rules = rules or partitioning.ShardingRules()
+    root = jax.random.key(seed)
+    iterator = iter(dataset)
+
+    with jax.set_mesh(mesh), progress.StopSignals() as signals:
+        # The state: as it was saved, or fresh.
+        abstract = jax.eval_shape(learner.init, root)
+        shardings = rules.shardings(abstract, mesh)
+        restored = saved.restore(partitioning.with_shardings(abstract, shardings))
+        if restored is None:
+            state = learner.warm_start(jax.jit(learner.init, out_shardings=shardings)(root))
+        else:
+            state, iterator_state = restored
+            iterator.set_state(iterator_state)
+        start = int(state.step)
+        checkpoints.write_configs(directory, learner.model_configs)
+        provenance.write(directory, state)
+        launch.save_operative_config(directory)
+
+        def train_step(state, batch):
+            return learner.step(state, batch, jax.random.fold_in(root, state.step))
+
+        def eval_step(state, batch, index):
+            return learner.evaluate(state, batch, jax.random.fold_in(root, index))
+
+        # A dataset of several static shapes compiles once for each.
+        train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+        eval_step = jax.jit(eval_step)
+
+        def place(batch):
+            return partitioning.place_batch(batch, mesh)
+
+        writer = MetricWriter(directory, from_step=start)
+        console = progress.Console(directory, start, steps, throughput_key, throughput_unit)
+        batches = prefetch.Prefetch(iterator, place)
+        unlogged = []
+        try:
+            for step in range(start + 1, steps + 1):
+                try:
+                    batch, host_batch, iterator_state = next(batches)
+                except StopIteration:
+                    raise progress.data_ended(directory, step - 1, steps) from None
+                state, metrics = train_step(state, batch)
+                unlogged.append(metrics)
+                console.advance(host_batch)
+                if step == start + 1:
+                    jax.block_until_ready(metrics)
+                    console.restart_clock()  # Compilation isn't part of the rate.
+
+                last = step == steps or signals.stop
+                save = last or step % save_every == 0
+                if save or step % log_every == 0:
+                    unlogged = jax.device_get(unlogged)
+                    progress.refuse_nonfinite(directory, step, unlogged, saved)
+                    values = summarize(unlogged)
+                    writer.write(step, "train", values | console.rates())
+                    console.show(values)
+                    unlogged = []
+                due = step == steps or (eval_every and step % eval_every == 0)
+                if due and hasattr(dataset, "eval_batches"):
+                    with console.paused():
+                        results = [
+                            eval_step(state, place(batch), index)
+                            for index, batch in enumerate(dataset.eval_batches())
+                        ]
+                        writer.write(step, "validation", summarize(results))
+                if save:
+                    with console.paused():
+                        saved.save(state, iterator_state)
+                if signals.stop:
+                    raise KeyboardInterrupt(f"{directory} saved at step {step} of {steps}")
+        finally:
+            batches.close()
+            console.close()
+            writer.close()
+            saved.close()
+    launch.save_operative_config(directory)
+    return progress.results(directory, steps)
+
+
+if __name__ == "__main__":
+    launch.main("t5x_audio.train", description=__doc__)

@@ -1,0 +1,157 @@
+"""What surrounds the steps of the loop: signals, the console line, endings."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import tqdm
+
+from t5x_audio.errors import UserError
+from t5x_audio.training import metrics as metrics_lib
+
+
+def run_directory(model_dir: str | None, run_dir: str | None, name: str | None) -> Path:
+    """`model_dir`, or `run_dir`/`name`, made if necessary. UserError if none is given."""
+    if model_dir is None and (run_dir is None or name is None):
+        raise UserError("no place to write to; add --model_dir=...")
+    directory = Path(model_dir) if model_dir is not None else Path(run_dir, name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{directory}: cannot be made a directory ({error.strerror})") from error
+    return directory
+
+
+class StopSignals:
+    """Within the context, SIGINT and SIGTERM set `stop` instead of raising.
+
+    The second signal raises KeyboardInterrupt at once: nothing more is saved.
+    """
+
+    def __init__(self):
+        self.stop = False
+        self._previous = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for kind in (signal.SIGINT, signal.SIGTERM):
+                self._previous[kind] = signal.signal(kind, self._receive)
+        return self
+
+    def _receive(self, signum, frame):
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+        print("\nstopping after this step, with everything saved", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_):
+        for kind, handler in self._previous.items():
+            signal.signal(kind, handler)
+
+
+class Console:
+    """The progress bar and the clock: loss, rate, time left.
+
+    Args:
+      directory: names the run.
+      start, steps: first and last step.
+      key: batch field that is counted, None for examples.
+      unit: what is counted.
+    """
+
+    def __init__(self, directory, start: int, steps: int, key: str | None, unit: str):
+        self._key, self._unit = key, unit
+        self._shown = ""
+        self._bar = tqdm.tqdm(
+            total=steps,
+            initial=start,
+            desc=Path(directory).name,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Starts to count anew."""
+        self._start, self._steps, self._units = time.perf_counter(), 0, 0.0
+
+    def advance(self, batch) -> None:
+        """Counts one step on a host batch."""
+        self._steps += 1
+        self._units += count(batch, self._key)
+        self._bar.update(1)
+
+    def rates(self) -> dict[str, float]:
+        """Steps and units per second since the last call, without pauses."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        rates = {
+            "steps_per_second": self._steps / seconds,
+            f"{self._unit}_per_second": self._units / seconds,
+        }
+        if not self._steps:  # Only the first step, whose time is compilation.
+            rates = {}
+        self._shown = f"{self._units / seconds:,.0f} {self._unit}/s" if rates else ""
+        self.restart_clock()
+        return rates
+
+    def show(self, values: dict[str, float]) -> None:
+        """Puts the loss and the last rate on the line."""
+        text = f"loss {values['loss']:.4g}" if "loss" in values else ""
+        self._bar.set_postfix_str(", ".join(filter(None, [text, self._shown])), refresh=False)
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time within doesn't count towards the rates."""
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Leaves the bar where it is."""
+        self._bar.close()
+
+
+def count(batch, key: str | None) -> float:
+    """What a batch holds of field `key`: a vector's sum, nonzero elements, or examples."""
+    if key is None:
+        return float(len(next(iter(batch.values()))))
+    if key not in batch:
+        raise UserError(f"throughput_key={key!r}: the batch has only {', '.join(sorted(batch))}")
+    field = np.asarray(batch[key])
+    return float(field.sum() if field.ndim == 1 else np.count_nonzero(field))
+
+
+def refuse_nonfinite(directory, step: int, unlogged: list, saved) -> None:
+    """UserError naming step and metric if one of the last steps, up to `step`, went wrong."""
+    bad = metrics_lib.first_bad(unlogged)
+    if bad is None:
+        return
+    index, name = bad
+    saved.wait()
+    good = saved.latest_step()
+    resume = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
+    raise UserError(
+        f"{directory}: {name} is not finite at step {step - len(unlogged) + index + 1}; {resume}; "
+        "lower the learning rate or look at the data, then start again"
+    )
+
+
+def data_ended(directory, step: int, steps: int) -> UserError:
+    """The error of a dataset that isn't endless."""
+    return UserError(
+        f"{directory}: the data ended after step {step} of {steps}; let the dataset repeat"
+    )
+
+
+def results(directory: str | os.PathLike, step: int) -> dict:
+    """The closing line: directory, step and the last metrics of each split."""
+    last: dict = {"model_dir": str(directory), "step": step}
+    for line in metrics_lib.read_metrics(directory):
+        prefix = "" if line["split"] == "train" else f"{line['split']}_"
+        last |= {f"{prefix}{n}": v for n, v in line.items() if n not in ("step", "split")}
+    return last
