@@ -1,0 +1,329 @@
+"""Batches for language models from the task caches: shuffled, mixed, packed, resumable.
+
+Choices:
+- Grain over ArrayRecord: an epoch is a permutation of indices drawn from the seed, so shuffling is
+  global, resuming costs nothing and the state is a few integers. No TensorFlow.
+- Tasks are mixed by their share of *tokens*, as the published mixtures are stated (Step-Audio,
+  arXiv 2502.11946, section 4), not by examples: rate / mean length.
+- Examples are packed by best fit into rows of a static length. Each keeps its own segment id
+  (1, 2, ...; 0 is padding) and positions from 0, so attention and positional bias see one example.
+- An example of L tokens gives L-1 positions: token t predicts target t+1 at the target's weight.
+- What is longer than a row is left out when the dataset is made, counted and announced.
+"""
+
+import functools
+import itertools
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+
+import grain
+import numpy as np
+
+from t5x_audio.data import records
+from t5x_audio.errors import UserError
+
+STATS_FILE = "stats.json"
+_EFFICIENCY_BATCHES = 16
+# Read by the thread that asks: the training loop prefetches, a second pool would only contend.
+_READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+_log = logging.getLogger(__name__)
+
+
+def read_stats(directory: str) -> dict:
+    """stats.json of a task cache. UserError, naming the job that makes it, when there is none."""
+    path = os.path.join(directory, STATS_FILE)
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise UserError(
+            f"no cache of task {os.path.basename(directory)!r} at {directory}: "
+            "run t5x_audio.cache_tasks"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: delete it and run t5x_audio.cache_tasks") from error
+
+
+def lengths_path(directory: str, split: str) -> str:
+    """int32[examples] .npy beside the shards: tokens of each example, in stored order."""
+    return os.path.join(directory, f"{split}-lengths.npy")
+
+
+class CachedTask:
+    """The examples of one split of a task cache that fit a row, by index.
+
+    Attributes:
+      lengths: int32[N], tokens of each example that is kept.
+      dropped: number of examples that are too long.
+      stats: stats.json of the task.
+    """
+
+    def __init__(self, directory: str, split: str, sequence_length: int):
+        """UserError when the cache is missing or damaged, or when nothing fits."""
+        self.stats = read_stats(directory)
+        self._records = records.open_records(directory, split)
+        path = lengths_path(directory, split)
+        try:
+            lengths = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is missing or damaged: run t5x_audio.cache_tasks") from error
+        if len(lengths) != len(self._records):
+            raise UserError(f"{path} is not of these shards: run t5x_audio.cache_tasks again")
+        fits = lengths <= sequence_length + 1
+        self.dropped = int(len(lengths) - np.count_nonzero(fits))
+        self._kept = np.flatnonzero(fits) if self.dropped else None
+        self.lengths = lengths[self._kept] if self.dropped else lengths
+        name = f"{os.path.basename(directory)}/{split}"
+        if not len(self.lengths):
+            raise UserError(f"{name}: no example fits sequence_length={sequence_length}")
+        if self.dropped:
+            share = 100 * self.dropped / len(lengths)
+            _log.warning(
+                "%s: left out %d of %d examples (%.1f %%), longer than sequence_length=%d",
+                *(name, self.dropped, len(lengths), share, sequence_length),
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._records[index if self._kept is None else int(self._kept[index])]
+
+
+class PackedLmDataset:
+    """Endless packed batches over a mixture of tasks; see the module docstring.
+
+    A batch: tokens, targets, segment_ids, positions int32[B, S]; weights float32[B, S].
+    `iter()` gives a grain iterator with `get_state()` and `set_state(state)`, which are exact.
+
+    Attributes:
+      dropped: task -> examples that are too long for a row.
+      vocabulary_sizes: sizes of the vocabulary that the caches were made with.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        mixture: Mapping[str, float],
+        split: str = "train",
+        sequence_length: int = 512,
+        batch_size: int = 8,
+        seed: int = 0,
+        eval_split: str = "validation",
+        max_eval_batches: int | None = None,
+        open_rows: int = 64,
+    ):
+        """Opens the caches under `<run_dir>/tasks`.
+
+        Args:
+          run_dir: the run.
+          mixture: task -> share of the tokens; need not sum to 1, a share of 0 leaves a task out.
+          split: what `iter()` reads.
+          sequence_length: S.
+          batch_size: B, rows.
+          seed: of the order of the examples.
+          eval_split: what `eval_batches` reads; tasks without it are passed over.
+          max_eval_batches: at most so many of them; None = all.
+          open_rows: rows filled side by side (at least B): more of them leave less padding, but
+            more examples are read before the first batch and again on resuming.
+
+        Raises:
+          UserError: a cache is missing or damaged, the rates are unusable, or the tasks were
+            cached with different vocabularies.
+        """
+        self.mixture = _positive_rates(mixture)
+        self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
+        self._root = os.path.join(run_dir, "tasks")
+        self._eval_split, self._max_eval_batches = eval_split, max_eval_batches
+        self._open_rows = -(-max(open_rows, batch_size) // batch_size) * batch_size
+        self._tasks = self._open(split)
+        self.dropped = {name: task.dropped for name, task in self._tasks.items()}
+        self.vocabulary_sizes = _common_vocabulary(self._tasks)
+        self._pad = next(iter(self._tasks.values())).stats["pad"]
+        self._rows = self._pack(self._mixed())
+
+    def _open(self, split: str) -> dict[str, CachedTask]:
+        return {
+            name: CachedTask(os.path.join(self._root, name), split, self.sequence_length)
+            for name in self.mixture
+        }
+
+    def _mixed(self) -> grain.MapDataset:
+        datasets, rates = [], []
+        for name, task in self._tasks.items():
+            seed = zlib.crc32(f"{self.seed}/{name}".encode())
+            datasets.append(grain.MapDataset.source(task).seed(seed).shuffle().repeat())
+            rates.append(self.mixture[name] / (float(np.mean(task.lengths)) - 1))
+        weights = [rate / sum(rates) for rate in rates]
+        return grain.MapDataset.mix(datasets, weights)
+
+    def _pack(self, examples: grain.MapDataset) -> grain.IterDataset:
+        """Rows of length S, in an order that the seed and the examples determine."""
+        features = ("tokens", "targets", "weights")
+        rows = grain.experimental.BestFitPackIterDataset(
+            examples.map(_shift).to_iter_dataset(_READ),
+            length_struct=dict.fromkeys(features, self.sequence_length),
+            padding_struct={"tokens": self._pad, "targets": self._pad, "weights": 0},
+            num_packing_bins=self._open_rows,
+            meta_features=("targets", "weights"),  # They need no ids of their own.
+            seed=self.seed,
+        )
+        return rows.map(_rename)
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return iter(self._rows.batch(self.batch_size, drop_remainder=True))
+
+    def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """Every validation example once, tasks in proportion; the last batch padded with rows."""
+        tasks = {}
+        for name in self.mixture:
+            if records.has_split(os.path.join(self._root, name), self._eval_split):
+                directory = os.path.join(self._root, name)
+                tasks[name] = CachedTask(directory, self._eval_split, self.sequence_length)
+        if not tasks:
+            return iter(())
+        rows = iter(self._pack(grain.MapDataset.source(_InProportion(list(tasks.values())))))
+        batches = (self._whole(chunk) for chunk in _chunks(rows, self.batch_size))
+        return itertools.islice(batches, self._max_eval_batches)
+
+    def _whole(self, rows: list[dict]) -> dict[str, np.ndarray]:
+        empty = {key: np.zeros_like(value) for key, value in rows[0].items()}
+        for key in ("tokens", "targets"):
+            empty[key] += self._pad
+        rows = rows + [empty] * (self.batch_size - len(rows))
+        return {key: np.stack([row[key] for row in rows]) for key in empty}
+
+    @functools.cached_property
+    def packing_efficiency(self) -> float:
+        """Share of the positions of the first batches that hold a token, in (0, 1]."""
+        batches = itertools.islice(iter(self), _EFFICIENCY_BATCHES)
+        return float(np.mean([np.mean(batch["segment_ids"] > 0) for batch in batches]))
+
+
+class PreferenceDataset:
+    """Endless batches of (chosen, rejected) answers, one example a row, for DPO.
+
+    A batch: {chosen,rejected}_{tokens,targets,segment_ids,positions} int32[B, S] and
+    {chosen,rejected}_weights float32[B, S], which are 0 on the prompt and on audio.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        task: str = "aqaa_preference",
+        split: str = "train",
+        sequence_length: int = 512,
+        batch_size: int = 4,
+        seed: int = 0,
+        eval_split: str = "validation",
+        max_eval_batches: int | None = None,
+    ):
+        """Opens the cache `<run_dir>/tasks/<task>`; arguments and errors as `PackedLmDataset`."""
+        self._directory = os.path.join(run_dir, "tasks", task)
+        self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
+        self._eval_split, self._max_eval_batches = eval_split, max_eval_batches
+        self._task = CachedTask(self._directory, split, sequence_length)
+        self.dropped = {task: self._task.dropped}
+        self.vocabulary_sizes = self._task.stats["vocabulary"]
+        self._row = functools.partial(
+            _preference_row, length=sequence_length, pad=self._task.stats["pad"]
+        )
+
+    def __iter__(self) -> grain.DatasetIterator:
+        examples = grain.MapDataset.source(self._task).seed(self.seed).shuffle().repeat()
+        rows = examples.map(self._row).to_iter_dataset(_READ)
+        return iter(rows.batch(self.batch_size, drop_remainder=True))
+
+    def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """Whole batches of validation pairs, each pair at most once; the remainder is left out."""
+        if not records.has_split(self._directory, self._eval_split):
+            return iter(())
+        task = CachedTask(self._directory, self._eval_split, self.sequence_length)
+        rows = (self._row(task[i]) for i in range(len(task)))
+        batches = (
+            {key: np.stack([row[key] for row in chunk]) for key in chunk[0]}
+            for chunk in _chunks(rows, self.batch_size)
+            if len(chunk) == self.batch_size
+        )
+        return itertools.islice(batches, self._max_eval_batches)
+
+
+class _InProportion:
+    """Several tasks read evenly: after any share of the whole, that share of each was read."""
+
+    def __init__(self, tasks: list[CachedTask]):
+        self._tasks = tasks
+        sizes = [len(task) for task in tasks]
+        places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+        task_ids = np.repeat(np.arange(len(tasks)), sizes)
+        indices = np.concatenate([np.arange(size) for size in sizes])
+        order = np.argsort(places, kind="stable")
+        self._order = list(zip(task_ids[order].tolist(), indices[order].tolist(), strict=True))
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> dict:
+        task, within = self._order[index]
+        return self._tasks[task][within]
+
+
+def _shift(example: dict) -> dict:
+    tokens, weights = example["tokens"], example["weights"]
+    return {"tokens": tokens[:-1], "targets": tokens[1:], "weights": weights[1:]}
+
+
+def _rename(row: dict) -> dict:
+    return {
+        "tokens": row["tokens"],
+        "targets": row["targets"],
+        "weights": row["weights"],
+        "segment_ids": row["tokens_segment_ids"],
+        "positions": row["tokens_positions"],
+    }
+
+
+def _preference_row(example: dict, length: int, pad: int) -> dict:
+    row = {}
+    for prefix in ("chosen_", "rejected_"):
+        tokens, weights = example[prefix + "tokens"], example[prefix + "weights"]
+        used = len(tokens) - 1
+        for name, values, fill in (
+            ("tokens", tokens[:-1], pad),
+            ("targets", tokens[1:], pad),
+            ("weights", weights[1:], 0),
+            ("segment_ids", np.ones(used, np.int32), 0),
+            ("positions", np.arange(used, dtype=np.int32), 0),
+        ):
+            row[prefix + name] = np.pad(values, (0, length - used), constant_values=fill)
+    return row
+
+
+def _chunks(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
+    while chunk := list(itertools.islice(rows, size)):
+        yield chunk
+
+
+def _positive_rates(mixture: Mapping[str, float]) -> dict[str, float]:
+    bad = [name for name, rate in mixture.items() if not 0 <= rate < float("inf")]
+    if bad:
+        raise UserError(f"mixture: the share of {bad[0]!r} is {mixture[bad[0]]}, not a number >= 0")
+    rates = {name: float(rate) for name, rate in mixture.items() if rate > 0}
+    if not rates:
+        raise UserError(f"mixture {dict(mixture)}: the shares sum to zero")
+    return rates
+
+
+def _common_vocabulary(tasks: Mapping[str, CachedTask]) -> dict:
+    first, *others = tasks
+    sizes = tasks[first].stats["vocabulary"]
+    for other in others:
+        if tasks[other].stats["vocabulary"] != sizes:
+            raise UserError(
+                f"tasks {first!r} and {other!r} were cached with different vocabularies: "
+                "run t5x_audio.cache_tasks again"
+            )
+    return sizes

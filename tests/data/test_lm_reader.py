@@ -1,0 +1,232 @@
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t5x_audio.data import lm_reader
+from t5x_audio.data.records import RecordWriter
+from t5x_audio.errors import UserError
+
+PAD = 999
+SIZES = {"text_size": 500, "size": 1024}
+
+
+def write_cache(root, task, split, lengths, first_token=0, sizes=SIZES):
+    """Example i of `task` is the run of tokens that starts at 100 i + first_token."""
+    directory = root / "tasks" / task
+    with RecordWriter(directory, split) as writer:
+        for i, length in enumerate(lengths):
+            tokens = np.arange(length, dtype=np.int32) + 100 * i + first_token
+            weights = (np.arange(length) >= 2).astype(np.float32)
+            record = {"tokens": tokens, "weights": weights}
+            if task == "aqaa_preference":
+                record = {p + k: v for p in ("chosen_", "rejected_") for k, v in record.items()}
+                record["rejected_tokens"] = record["rejected_tokens"][: length - 1]
+                record["rejected_weights"] = record["rejected_weights"][: length - 1]
+            writer.write(record)
+    np.save(lm_reader.lengths_path(str(directory), split), np.asarray(lengths, np.int32))
+    (directory / "stats.json").write_text(json.dumps({"vocabulary": sizes, "pad": PAD}))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    random = np.random.default_rng(0)
+    write_cache(root, "long", "train", random.integers(20, 40, 60))
+    write_cache(root, "short", "train", random.integers(3, 9, 50), first_token=50)
+    write_cache(root, "long", "validation", random.integers(20, 40, 9))
+    write_cache(root, "short", "validation", random.integers(3, 9, 11), first_token=50)
+    write_cache(root, "aqaa_preference", "train", random.integers(5, 30, 7))
+    write_cache(root, "aqaa_preference", "validation", random.integers(5, 30, 7))
+    return str(root)
+
+
+def make(run_dir, mixture=None, **kwargs):
+    given = {"sequence_length": 64, "batch_size": 4, "seed": 3, "open_rows": 8} | kwargs
+    return lm_reader.PackedLmDataset(run_dir, mixture or {"long": 1, "short": 1}, **given)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def examples_of(batch):
+    """The examples of a batch, unpacked by segment id: (tokens, targets, weights, positions)."""
+    for row in range(len(batch["tokens"])):
+        for segment in range(1, int(batch["segment_ids"][row].max()) + 1):
+            at = batch["segment_ids"][row] == segment
+            keys = ("tokens", "targets", "weights", "positions")
+            yield tuple(batch[key][row][at] for key in keys)
+
+
+def assert_whole(batch, length):
+    """Every packing invariant of a batch."""
+    ids = batch["segment_ids"]
+    for key in ("tokens", "targets", "segment_ids", "positions"):
+        assert batch[key].dtype == np.int32 and batch[key].shape == ids.shape
+    assert batch["weights"].dtype == np.float32 and ids.shape[1] == length
+    padding = ids == 0
+    assert (batch["tokens"][padding] == PAD).all() and (batch["targets"][padding] == PAD).all()
+    assert not batch["weights"][padding].any() and not batch["positions"][padding].any()
+    # Segments are in one piece, numbered in order, padding last.
+    assert (np.diff(np.where(padding, 10**6, ids), axis=1) >= 0).all()
+    for tokens, targets, weights, positions in examples_of(batch):
+        assert positions.tolist() == list(range(len(tokens)))
+        np.testing.assert_array_equal(tokens, tokens[0] + positions)
+        np.testing.assert_array_equal(targets, tokens + 1)
+        np.testing.assert_array_equal(weights, positions >= 1)
+
+
+def test_batches_are_packed_examples(run_dir):
+    dataset = make(run_dir)
+    batches = take(iter(dataset), 20)
+    for batch in batches:
+        assert_whole(batch, 64)
+    assert dataset.packing_efficiency > 0.85
+    assert dataset.vocabulary_sizes == SIZES
+    assert dataset.dropped == {"long": 0, "short": 0}
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    lengths=st.lists(st.integers(2, 30), min_size=1, max_size=30),
+    room=st.integers(1, 40),
+    batch_size=st.integers(1, 5),
+)
+def test_evaluation_reads_every_example_once(tmp_path_factory, lengths, room, batch_size):
+    root = tmp_path_factory.mktemp("any")
+    write_cache(root, "task", "train", lengths)
+    fitting = [i for i, length in enumerate(lengths) if length - 1 <= room]
+    kwargs = {"sequence_length": room, "batch_size": batch_size, "eval_split": "train"}
+    if not fitting:
+        with pytest.raises(UserError, match=f"sequence_length={room}"):
+            make(str(root), {"task": 1}, **kwargs)
+        return
+    dataset = make(str(root), {"task": 1}, **kwargs)
+    assert dataset.dropped == {"task": len(lengths) - len(fitting)}
+    batches = list(dataset.eval_batches())
+    for batch in batches:
+        assert batch["tokens"].shape == (batch_size, room)
+        assert_whole(batch, room)
+    found = [(tokens[0], len(tokens)) for batch in batches for tokens, *_ in examples_of(batch)]
+    assert sorted(found) == [(100 * i, lengths[i] - 1) for i in fitting]
+
+
+def test_evaluation_is_finite_the_same_and_mixed(run_dir):
+    dataset = make(run_dir)
+    first, second = (list(dataset.eval_batches()) for _ in range(2))
+    assert len(first) == len(second) > 1
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+    assert sum(len(list(examples_of(batch))) for batch in first) == 9 + 11
+    assert len(list(make(run_dir, max_eval_batches=1).eval_batches())) == 1
+    assert list(make(run_dir, eval_split="test").eval_batches()) == []
+
+
+def test_mixed_by_tokens_not_by_examples(run_dir):
+    dataset = make(run_dir, {"long": 3, "short": 1, "absent": 0})
+    tokens = {"long": 0, "short": 0}
+    for batch in take(iter(dataset), 40):
+        for example, *_ in examples_of(batch):
+            tokens["short" if example[0] % 100 == 50 else "long"] += len(example)
+    assert tokens["long"] / tokens["short"] == pytest.approx(3, rel=0.1)
+
+
+def test_epochs_are_shuffled_and_whole(run_dir):
+    starts = [
+        int(example[0])
+        for batch in take(iter(make(run_dir, {"long": 1})), 40)
+        for example, *_ in examples_of(batch)
+    ]
+    # Packing reorders, but only among the rows that are open together.
+    assert len(starts) >= 180
+    counts = np.bincount(np.array(starts) // 100, minlength=60)
+    assert counts.min() >= 1 and counts.max() - counts.min() <= 3
+    assert starts[:60] != sorted(starts[:60])
+
+
+def test_order_depends_on_the_seed_only(run_dir):
+    def tokens(seed):
+        return np.stack([b["tokens"] for b in take(iter(make(run_dir, seed=seed)), 5)])
+
+    np.testing.assert_array_equal(tokens(1), tokens(1))
+    assert (tokens(1) != tokens(2)).any()
+
+
+@pytest.mark.parametrize("kind", ["packed", "preference"])
+def test_resuming_is_exact(run_dir, kind):
+    def fresh():
+        if kind == "packed":
+            return iter(make(run_dir))
+        return iter(lm_reader.PreferenceDataset(run_dir, sequence_length=64, batch_size=2))
+
+    reference = take(fresh(), 30)
+    for stop in (0, 1, 17):
+        iterator = fresh()
+        take(iterator, stop)
+        state = json.loads(json.dumps(iterator.get_state()))
+        resumed = fresh()
+        resumed.set_state(state)
+        for expected in reference[stop : stop + 12]:
+            batch = next(resumed)
+            assert batch.keys() == expected.keys()
+            for key, values in expected.items():
+                np.testing.assert_array_equal(batch[key], values)
+
+
+def test_preference_batches(run_dir):
+    dataset = lm_reader.PreferenceDataset(run_dir, sequence_length=32, batch_size=2)
+    for batch in [*take(iter(dataset), 5), *dataset.eval_batches()]:
+        for prefix in ("chosen_", "rejected_"):
+            part = {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
+            assert_whole(part, 32)
+            assert part["segment_ids"].max() == 1
+        used = {p: (batch[p + "segment_ids"] > 0).sum(1) for p in ("chosen_", "rejected_")}
+        np.testing.assert_array_equal(used["chosen_"], used["rejected_"] + 1)
+    assert len(list(dataset.eval_batches())) == 3
+
+
+def test_too_long_examples_are_announced(run_dir, caplog):
+    dataset = make(run_dir, {"long": 1}, sequence_length=30)
+    assert 0 < dataset.dropped["long"] < 60
+    assert f"left out {dataset.dropped['long']} of 60 examples" in caplog.text
+    for batch in take(iter(dataset), 10):
+        assert_whole(batch, 30)
+
+
+def test_bad_input(run_dir, tmp_path):
+    with pytest.raises(UserError, match="'asr'.*cache_tasks"):
+        make(run_dir, {"asr": 1})
+    with pytest.raises(UserError, match="sum to zero"):
+        make(run_dir, {"long": 0})
+    with pytest.raises(UserError, match="'long' is -1"):
+        make(run_dir, {"long": -1})
+    with pytest.raises(UserError, match="long/train.*sequence_length=10"):
+        make(run_dir, {"long": 1}, sequence_length=10)
+    write_cache(tmp_path, "a", "train", [5, 6])
+    write_cache(tmp_path, "b", "train", [5, 6], sizes={"size": 7})
+    with pytest.raises(UserError, match="different vocabularies"):
+        make(str(tmp_path), {"a": 1, "b": 1})
+    np.save(lm_reader.lengths_path(str(tmp_path / "tasks" / "a"), "train"), np.ones(3, np.int32))
+    with pytest.raises(UserError, match="a/train-lengths.npy"):
+        make(str(tmp_path), {"a": 1})
+
+
+def test_no_tensorflow(run_dir):
+    program = (
+        "import sys; from t5x_audio.data import lm_reader;"
+        f"d = lm_reader.PackedLmDataset({run_dir!r}, {{'long': 1}}, sequence_length=64);"
+        "next(iter(d)); sys.exit('tensorflow' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_state_is_small(run_dir):
+    iterator = iter(make(run_dir))
+    list(itertools.islice(iterator, 50))
+    assert len(json.dumps(iterator.get_state())) < 2000
