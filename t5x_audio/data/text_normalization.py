@@ -50,7 +50,7 @@ _LETTER_NAMES = {
     "e": "ee",
     "f": "ef eff",
     "g": "gee",
-    "h": "aitch",
+    "h": "aitch age",
     "i": "eye aye",
     "j": "jay",
     "k": "kay",

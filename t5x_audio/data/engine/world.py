@@ -3,7 +3,7 @@
 Seven categories: arithmetic, counting, opposites, calendar (days and months), letters, comparisons
 and repeat-after-me. A *fact* has one spoken answer and several phrasings that ask for it. Texts are
 lower-case words without digits over a small closed vocabulary. A letter is said with a word
-("b as in ball"): bare letter names sound too much alike for a small model and for a recogniser.
+("b like black"): bare letter names sound too much alike for a small model and for a recogniser.
 
 A held-out question has `novelty` 'phrasing' when its fact is asked in training in other words, and
 'fact' when no training question asks for it. The latter are drawn only where an unseen fact can be
@@ -41,16 +41,17 @@ MONTHS += ("august", "september", "october", "november", "december")
 OPPOSITES = (
     "hot cold,big small,up down,day night,black white,open closed,fast slow,young old,happy sad,"
     "rich poor,hard soft,wet dry,full empty,light dark,high low,left right,loud quiet,early late,"
-    "first last,near far,good bad,strong weak,long short,clean dirty,true false,inside outside,"
+    "first last,near far,above below,strong weak,long short,clean dirty,true false,inside outside,"
     "push pull,win lose,love hate,begin end"
 )
+# One for each letter, from the words of the other categories where they serve.
 LETTER_WORDS = (
-    "apple ball cat dog egg fish goat house ice jam king lamp moon nose orange pig queen rain sun "
-    "tree uncle van water box yellow zebra"
+    "april black cat dog empty friday green happy inside july king left monday night october pig "
+    "queen red seven tuesday uncle voice water box yellow zero"
 )
 REPEATED_WORDS = (
-    "apple ball cat dog egg fish house king lamp moon orange pig queen sun tree water yellow zebra "
-    "red green blue black white seven twelve monday july happy cold"
+    "apple water yellow orange monday july happy seven green black king queen table garden window "
+    "river summer winter music doctor paper silver dinner twelve"
 )
 
 
@@ -106,19 +107,19 @@ def _fact(category: str, asked: Iterable[str], answer: str, short_answer: str) -
 
 def _arithmetic() -> Iterable[Fact]:
     numbers = range(1, 11)
-    sums = [("plus", "the sum of", a, b, a + b) for a in numbers for b in numbers]
+    sums = [("plus", a, b, a + b) for a in numbers for b in numbers]
     # Differences that repeat the number taken away would be right by echo.
     pairs = [(a, b) for a in range(2, 13) for b in range(1, a) if a != 2 * b and b <= 10]
-    sums += [("minus", "the difference of", a, b, a - b) for a, b in pairs]
+    sums += [("minus", a, b, a - b) for a, b in pairs]
     factors = [(a, b) for a in range(2, 6) for b in range(2, 6) if a * b <= 20]
-    sums += [("times", "the product of", a, b, a * b) for a, b in factors]
-    for sign, name, a, b, value in sums:
+    sums += [("times", a, b, a * b) for a, b in factors]
+    for sign, a, b, value in sums:
         first, second, result = map(number_words, (a, b, value))
         asked = [
             f"what is {first} {sign} {second}?",
             f"how much is {first} {sign} {second}?",
             f"tell me {first} {sign} {second}.",
-            f"what is {name} {first} and {second}?",
+            f"do you know {first} {sign} {second}?",
         ]
         yield _fact("arithmetic", asked, f"{first} {sign} {second} is {result}.", f"is {result}")
 
@@ -181,7 +182,7 @@ def _calendar() -> Iterable[Fact]:
 def _letters() -> Iterable[Fact]:
     # Upper case and the comma make the voice say the name of the letter, not the article.
     words = LETTER_WORDS.split()
-    named = [f"{chr(ord('A') + i)}, as in {word}" for i, word in enumerate(words)]
+    named = [f"{chr(ord('A') + i)}, like {word}" for i, word in enumerate(words)]
     for i, (word, step) in itertools.product(range(26), (("after", 1), ("before", -1))):
         if not 0 <= i + step < 26:
             continue
@@ -202,9 +203,9 @@ def _comparisons() -> Iterable[Fact]:
         for word, best in (("bigger", max(a, b)), ("smaller", min(a, b))):
             result = number_words(best)
             asked = [
-                f"which is {word}, {first} or {second}?",
-                f"which number is {word}, {first} or {second}?",
-                f"tell me which is {word}, {first} or {second}.",
+                f"which is {word}, {first}, or {second}?",
+                f"which number is {word}, {first}, or {second}?",
+                f"tell me which is {word}, {first}, or {second}.",
             ]
             other = second if best == a else first
             answer = f"{result} is {word} than {other}."
@@ -259,11 +260,9 @@ def make_questions(
     wanted = _shares(num_questions, capacity, minimum=3)
     # A test fact costs its other phrasings, so leave room for them.
     held_out = _shares(num_test, {name: wanted[name] // 3 for name in CATEGORIES})
-    unseen = _shares(
-        round(num_test * fact_share),
-        {name: held_out[name] - 1 if open_ else 0 for name, (_, open_) in CATEGORIES.items()},
-        minimum=0,
-    )
+    answerable = {name: held_out[name] * open_ for name, (_, open_) in CATEGORIES.items()}
+    num_unseen = min(round(num_test * fact_share), sum(answerable.values()))
+    unseen = _shares(num_unseen, answerable, minimum=0)
     questions = []
     for name, facts in pools.items():
         rng = random.Random(f"{seed} {name}")
