@@ -1,0 +1,69 @@
+"""Floating-point operations of a function, counted in its jaxpr.
+
+XLA's own cost analysis counts the body of a loop once; here a scan's body is multiplied by its
+length, so the count holds for scanned layers. Counted are matrix products and convolutions (two
+operations per multiply-add), as is the convention for model FLOPs; element-wise work, which costs
+memory traffic rather than arithmetic, is not. What rematerialisation computes again is in the
+jaxpr of a gradient and so is counted: these are hardware FLOPs of the step as it is run.
+"""
+
+import math
+
+import jax
+from jax.extend import core
+
+
+def count_flops(function, *args, **kwargs) -> int:
+    """FLOPs of matrix products and convolutions in one call of `function`.
+
+    Args:
+      function: any traceable function.
+      *args, **kwargs: its arguments, or ShapeDtypeStructs in their place.
+
+    A `while` loop, whose length is unknown, is counted once; of a `cond` the dearest branch counts.
+    """
+    return _jaxpr_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
+
+
+def _jaxpr_flops(jaxpr) -> int:
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return _dot_flops(equation)
+    if name == "conv_general_dilated":
+        return _convolution_flops(equation)
+    if name == "scan":
+        return params["length"] * _jaxpr_flops(params["jaxpr"].jaxpr)
+    if name == "cond":
+        return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
+    return sum(_jaxpr_flops(inner) for inner in _inner_jaxprs(params))
+
+
+def _dot_flops(equation) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    outputs = math.prod(equation.outvars[0].aval.shape)
+    return 2 * outputs * math.prod(left[axis] for axis in contracted)
+
+
+def _convolution_flops(equation) -> int:
+    """Products with padding and with the zeros of a dilated input are counted like all others."""
+    numbers = equation.params["dimension_numbers"]
+    kernel = equation.invars[1].aval.shape
+    outputs = math.prod(equation.outvars[0].aval.shape)
+    per_output = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+    dilation = math.prod(equation.params["lhs_dilation"])
+    groups = equation.params["batch_group_count"]
+    return 2 * outputs * per_output // (dilation * groups)
+
+
+def _inner_jaxprs(params):
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item

@@ -1,0 +1,57 @@
+"""FLOP counts against hand counts."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from t5x_audio.training.flops import count_flops
+
+
+def test_matrix_product():
+    assert count_flops(jnp.matmul, jnp.ones((3, 5)), jnp.ones((5, 7))) == 2 * 3 * 5 * 7
+
+
+def test_batched_product_and_nested_jit():
+    function = jax.jit(lambda a, b: jax.jit(jnp.einsum, static_argnums=0)("bij,bjk->bik", a, b))
+    assert count_flops(function, jnp.ones((4, 3, 5)), jnp.ones((4, 5, 7))) == 4 * 2 * 3 * 5 * 7
+
+
+@pytest.mark.parametrize("unroll", [1, 4])
+def test_scan_is_multiplied_by_its_length(unroll):
+    weights = jnp.ones((8, 6, 6))
+
+    def stack(x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, weights, unroll=unroll)[0]
+
+    assert count_flops(stack, jnp.ones((2, 6))) == 8 * 2 * 2 * 6 * 6
+
+
+def test_gradient_costs_twice_the_forward_more():
+    x, w = jnp.ones((4, 16)), jnp.ones((16, 32))
+
+    def loss(w, x):
+        return (x @ w).sum()
+
+    forward = count_flops(loss, w, x)
+    assert count_flops(jax.grad(loss, argnums=(0, 1)), w, x) >= 2 * forward
+    remat = jax.grad(jax.checkpoint(lambda w, x: (jnp.tanh(x @ w) @ w.T).sum()), argnums=(0, 1))
+    plain = jax.grad(lambda w, x: (jnp.tanh(x @ w) @ w.T).sum(), argnums=(0, 1))
+    assert count_flops(remat, w, x) > count_flops(plain, w, x)
+
+
+def test_convolution():
+    def convolve(x, k):
+        return jax.lax.conv_general_dilated(
+            x, k, (2,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+
+    x, k = jnp.ones((2, 21, 3)), jnp.ones((5, 3, 8))
+    frames = (21 - 5) // 2 + 1
+    assert count_flops(convolve, x, k) == 2 * (2 * frames * 8) * (5 * 3)
+
+
+def test_the_dearest_branch_counts():
+    def choose(flag, x):
+        return jax.lax.cond(flag, lambda x: x @ x, lambda x: x, x)
+
+    assert count_flops(choose, True, jnp.ones((6, 6))) == 2 * 6**3
