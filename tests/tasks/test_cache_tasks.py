@@ -99,7 +99,7 @@ def test_mixtures_by_token_share(cached, run_dir):
 
 
 def test_cached_tasks_feed_the_reader(cached, run_dir):
-    dataset = lm_reader.PackedLmDataset(run_dir, {"aqaa": 1, "text": 1}, batch_size=2)
+    dataset = lm_reader.PackedLmDataset(run_dir, {"aqaa": 1, "text": 1}, batch_size=2, open_rows=2)
     batch = next(iter(dataset))
     assert batch["tokens"].shape == (2, 512)
     pairs = lm_reader.PreferenceDataset(run_dir, batch_size=2)

@@ -1,0 +1,49 @@
+"""The gin files of the tasks parse, and name tasks that exist."""
+
+import glob
+import json
+import os
+
+import pytest
+
+import tasks
+from t5x_audio import launch
+
+MODELS = sorted(glob.glob("gin/models/*.gin"))
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    import gin
+
+    def parse(*paths):
+        gin.clear_config()
+        gin.parse_config("RUN_DIR = 'runs/x'")
+        for path in paths:
+            gin.parse_config_file(path)
+        return gin
+
+    yield parse
+    gin.clear_config()
+
+
+def test_mixtures_name_tasks(parsed):
+    gin = parsed("gin/tasks/mixtures.gin")
+    for stage in ("STAGE1", "STAGE2", "STAGE3", "SFT1", "SFT2"):
+        mixture = gin.query_parameter(f"{stage}_MIXTURE/gin.macro.value")
+        assert mixture.keys() <= set(tasks.TASKS) and min(mixture.values()) > 0
+
+
+@pytest.mark.parametrize("path", sorted(set(glob.glob("gin/tasks/*.gin"))))
+def test_every_macro_is_set_by_every_size(parsed, path):
+    for model in MODELS:
+        parsed(model, path).finalize()
+
+
+def test_the_job_by_its_gin_file(run_dir, capsys):
+    arguments = ["--gin_file=gin/models/toy.gin", "--gin_file=gin/runs/cache_tasks.gin", "--json"]
+    arguments += [f"--gin.RUN_DIR={run_dir}", f"--model_dir={run_dir}/all_tasks"]
+    assert launch.launch("t5x_audio.cache_tasks", "", arguments) == 0
+    closing = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert closing["tasks"] == closing["made"] == 10
+    assert sorted(os.listdir(f"{run_dir}/all_tasks")) == sorted(set(tasks.TASKS) - {"taqta"})
