@@ -1,9 +1,10 @@
 """Connectionist temporal classification: how both tokenizers learn from transcribed speech.
 
-The linguistic encoder is an ordinary CTC recogniser; the semantic tokenizer has its quantiser in the
-middle, so its loss adds the commitment of the features to their codes. Text units are SentencePiece
-ids and the blank is 0 (<unk>, which CTC never has to emit). Source: Graves et al., "Connectionist
-Temporal Classification" (ICML 2006); loss by optax; SpecAugment by Park et al. (arXiv 1904.08779).
+The linguistic encoder is an ordinary CTC recogniser; the semantic tokenizer has its quantiser in
+the middle, so its loss adds the commitment of the features to their codes. Text units are
+SentencePiece ids and the blank is 0 (<unk>, which CTC never has to emit). Source: Graves et al.,
+"Connectionist Temporal Classification" (ICML 2006); loss by optax; SpecAugment by Park et al.
+(arXiv 1904.08779).
 
 Choices: features are computed inside the compiled step, so that datasets carry waveforms only. The
 loss is per text unit. An example with more units (and forced blanks between equal neighbours) than
@@ -85,7 +86,7 @@ class SemanticCtc:
     commitment_weight: float = 0.25
 
     def __call__(self, model, batch, rng: jax.Array, train: bool):
-        """As `LinguisticCtc`, for a `SemanticTokenizer`; also codebook usage, perplexity, commitment."""
+        """As `LinguisticCtc`, for a `SemanticTokenizer`; with metrics of the codebook."""
         mask_rng, revival_rng = jax.random.split(rng)
         features, lengths = model.features(energy_normalize(batch["audio"]), batch["audio_lengths"])
         if train and self.spec_augment is not None:
@@ -109,8 +110,8 @@ def ctc(logits: jax.Array, lengths: jax.Array, batch, with_errors: bool):
     """CTC loss of logits [B, N, V] with frame counts [B] against the batch's text.
 
     Returns:
-      (loss per text unit [], metrics): "ctc_loss" per unit; 'skipped', the share of examples without an
-      alignment; with `with_errors` also 'token_error_rate'.
+      (loss per text unit [], metrics): 'ctc_loss' per unit; 'skipped', the share of examples
+      without an alignment; with `with_errors` also 'token_error_rate'.
     """
     labels, label_lengths = batch["text_ids"], batch["text_lengths"]
     padding = (jnp.arange(logits.shape[1]) >= lengths[:, None]).astype(jnp.float32)
@@ -138,14 +139,14 @@ def ctc(logits: jax.Array, lengths: jax.Array, batch, with_errors: bool):
 
 
 def required_frames(labels: jax.Array, label_lengths: jax.Array) -> jax.Array:
-    """Fewest frames [B] that can spell labels [B, U]: one each, and one between equal neighbours."""
+    """Fewest frames [B] that spell labels [B, U]: one each, one between equal neighbours."""
     inside = jnp.arange(1, labels.shape[1]) < label_lengths[:, None]
     repeats = jnp.sum((labels[:, 1:] == labels[:, :-1]) & inside, axis=1)
     return label_lengths + repeats
 
 
 def greedy(logits: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Best-path decoding of [B, N, V]: (ids int32 [B, N], left-aligned and 0-padded, counts [B])."""
+    """Best-path decoding of [B, N, V]: (ids int32 [B, N] followed by zeros, counts [B])."""
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     before = jnp.pad(best[:, :-1], ((0, 0), (1, 0)), constant_values=BLANK)
     inside = jnp.arange(best.shape[1]) < lengths[:, None]

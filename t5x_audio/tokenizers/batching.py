@@ -84,7 +84,7 @@ class BucketedEncoder:
 
 
 def bucket_samples(length: int) -> int:
-    """Samples of the smallest bucket that holds `length` samples; beyond the last, its multiples."""
+    """Samples of the smallest bucket for `length` samples; beyond the last, its multiples."""
     seconds = -(-length // SAMPLE_RATE)
     if seconds > BUCKET_SECONDS[-1]:
         return -(-length // (BUCKET_SECONDS[-1] * SAMPLE_RATE)) * BUCKET_SECONDS[-1] * SAMPLE_RATE

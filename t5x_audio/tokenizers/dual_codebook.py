@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import flax.nnx as nnx
 import numpy as np
 
+from t5x_audio.audio import transforms
 from t5x_audio.errors import UserError
 from t5x_audio.tokenizers import batching
 
@@ -77,13 +78,17 @@ class DualCodebookTokenizer:
         """Number of flat local codes."""
         return self.linguistic_size + self.semantic_size
 
+    def merge(self, linguistic: np.ndarray, semantic: np.ndarray) -> np.ndarray:
+        """The module's `merge` for this codebook."""
+        return merge(linguistic, semantic, self.linguistic_size)
+
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """Waveform float [T] in [-1, 1] at 16 kHz -> flat local codes int32 [5 g].
 
         Raises:
           UserError: the waveform is too short for one group.
         """
-        flat = merge(*self.encode_batch([waveform])[0], self.linguistic_size)
+        flat = self.merge(*self.encode_batch([waveform])[0])
         if not len(flat):
             seconds = len(waveform) / self.sample_rate
             raise UserError(
@@ -93,10 +98,12 @@ class DualCodebookTokenizer:
         return flat
 
     def encode_batch(self, waveforms: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Encodes float [T_i] waveforms at 16 kHz; (linguistic int32 [N_i], semantic int32 [M_i]) each.
+        """Float [T_i] waveforms at 16 kHz -> (linguistic int32 [N_i], semantic int32 [M_i]) each.
 
-        Waveforms are padded to a few static lengths; padding never changes a code.
+        Each is first scaled to a peak of 0.999 (see `audio.transforms.normalize_energy`). They
+        are padded to a few static lengths; padding never changes a code.
         """
+        waveforms = [transforms.normalize_energy(waveform) for waveform in waveforms]
         linguistic = self._linguistic_encoder(waveforms)
         semantic = self._semantic_encoder(waveforms)
         return list(zip(linguistic, semantic, strict=True))

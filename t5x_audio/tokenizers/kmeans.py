@@ -38,7 +38,7 @@ def squared_distances(points: jax.Array, centres: jax.Array) -> jax.Array:
 
 
 def nearest(points: jax.Array, centres: jax.Array) -> jax.Array:
-    """Index int32 [...] of the nearest of centres [K, D] by Euclidean distance; ties: the lowest."""
+    """Index int32 [...] of the nearest of centres [K, D], Euclidean; of equals the lowest."""
     return jnp.argmin(squared_distances(points, centres), axis=-1).astype(jnp.int32)
 
 

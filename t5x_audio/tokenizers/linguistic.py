@@ -86,7 +86,7 @@ class LinguisticTokenizer(nnx.Module):
         return batching.PIECE_SECONDS * batching.SAMPLE_RATE
 
     def features(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Audio [B, T] in [-1, 1] with sample counts [B] -> stacked fbank [B, N, 560], counts [B]."""
+        """Audio [B, T] in [-1, 1], sample counts [B] -> stacked fbank [B, N, 560], counts."""
         frames = audio_features.kaldi_fbank(audio, lengths, FBANK)
         counts = FBANK.num_frames(jnp.asarray(lengths))
         stacked = audio_features.low_frame_rate(frames, counts, STACKED_FRAMES, FRAME_STRIDE)

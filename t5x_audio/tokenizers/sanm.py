@@ -259,7 +259,7 @@ class SanmEncoder(nnx.Module):
         return self.final_norm(x[:, c.overlap_frames :]), state
 
     def _slide(self, cache, new):
-        """Appends the frames that leave the overlap to a cache [L, B, C, H, D], drops the oldest."""
+        """Adds the frames that leave the overlap to a cache [L, B, C, H, D], drops the oldest."""
         kept = new[:, :, : -self.config.overlap_frames]
         return jnp.concatenate([cache, kept], axis=2)[:, :, -cache.shape[2] :]
 

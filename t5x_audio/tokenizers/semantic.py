@@ -2,8 +2,9 @@
 
 Log-mel (128 bins), two strided convolutions, positions, pre-norm blocks, then the L2-normalised
 nearest of 4,096 codes: the supervised tokenizer of CosyVoice (arXiv 2407.05407, section 2.1) that
-Step-Audio uses. Training from scratch follows it too: the quantiser stands in the middle of a speech
-recogniser, further blocks and a CTC head follow, so that the codes keep what recognition needs.
+Step-Audio uses. Training from scratch follows it too: the quantiser stands in the middle of a
+speech recogniser, further blocks and a CTC head follow, so that the codes keep what recognition
+needs.
 
 The published graph ends at the codes; `num_supervision_layers=0, text_size=0` is exactly it. How
 many blocks follow in training is our choice.

@@ -1,4 +1,4 @@
-"""Nearest-neighbour quantiser with an exponential-moving-average codebook, for use inside a network.
+"""Nearest-neighbour quantiser inside a network, its codebook an exponential moving average.
 
 Features and codes are L2-normalised and compared by Euclidean distance. Training: the codebook
 follows the features it wins (van den Oord et al., arXiv 1711.00937, appendix A), gradients pass

@@ -5,8 +5,8 @@ Source: Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervis
 head_dim^-0.25, layer norms have epsilon 1e-5, positions are a table that starts as sinusoids.
 
 Choices: the convolution of kernel 3 and stride 2 is a matrix product over gathered frames (three
-inputs per output): its gradient is then a matrix product too, fast on any device. Blocks are stacked
-and scanned.
+inputs per output): its gradient is then a matrix product too, fast on any device. Blocks are
+stacked and scanned.
 """
 
 import dataclasses
