@@ -22,9 +22,9 @@ class MlpConfig:
         return Mlp(self, rngs)
 
 
-def linear(inputs, outputs, axes, rngs):
+def linear(inputs, outputs, axes, rngs, use_bias=True):
     init = nnx.with_metadata(nnx.initializers.lecun_normal(), logical_axes=axes)
-    return nnx.Linear(inputs, outputs, kernel_init=init, rngs=rngs)
+    return nnx.Linear(inputs, outputs, kernel_init=init, rngs=rngs, use_bias=use_bias)
 
 
 class Mlp(nnx.Module):
@@ -33,7 +33,7 @@ class Mlp(nnx.Module):
     def __init__(self, c, rngs):
         table = nnx.initializers.normal(1.0)(rngs.params(), (c.vocab, c.embed))
         self.table = nnx.Param(table, logical_axes=("vocab", "embed"))
-        self.up = linear(c.embed, c.mlp, ("embed", "mlp"), rngs)
+        self.up = linear(c.embed, c.mlp, ("embed", "mlp"), rngs, use_bias=False)
         self.norm = nnx.BatchNorm(c.mlp, rngs=rngs)
         self.head = linear(c.mlp, c.vocab, (None, "vocab"), rngs)
         self.dropout = nnx.Dropout(c.dropout, rngs=rngs)

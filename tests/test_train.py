@@ -1,0 +1,158 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+import toy_run
+
+from t5x_audio import train
+from t5x_audio.errors import UserError
+from t5x_audio.training import checkpoints, learner, optimizers
+from t5x_audio.training.metrics import read_metrics
+
+HERE = Path(__file__).parent
+
+
+def make_learner(config=None, **objective):
+    return learner.GradientLearner(
+        config or toy_run.MlpConfig(),
+        toy_run.NextToken(**objective),
+        optimizers.AdamW(peak_lr=1e-2, total_steps=60, warmup_steps=5),
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    result = train.run(
+        learner=make_learner(),
+        dataset=toy_run.Data(),
+        steps=60,
+        model_dir=str(folder),
+        log_every=1,
+        eval_every=30,
+        throughput_key="tokens",
+        throughput_unit="tokens",
+    )
+    return folder, result
+
+
+def lines(folder, split="train"):
+    return {m["step"]: m["loss"] for m in read_metrics(folder) if m["split"] == split}
+
+
+def final_weights(folder):
+    params = checkpoints.load_model(folder)
+    return jax.tree.map(np.asarray, checkpoints.named_arrays(learner.nnx.state(params)))
+
+
+def test_a_run_learns_and_leaves_what_it_promises(uninterrupted):
+    folder, result = uninterrupted
+    losses = lines(folder)
+    assert sorted(losses) == list(range(1, 61)) and losses[60] < 0.6 * losses[1]
+    assert sorted(lines(folder, "validation")) == [30, 60]
+    assert result["step"] == 60 and result["validation_loss"] == lines(folder, "validation")[60]
+    assert result["tokens_per_second"] > result["steps_per_second"]
+    assert "total: 460 parameters" in (folder / "model-info.txt").read_text()
+    assert "jax" in (folder / "versions.json").read_text()
+    assert checkpoints.checkpoint_steps(folder) == [60]
+
+
+def test_a_finished_run_says_so(uninterrupted, capsys):
+    folder, result = uninterrupted
+    before = (folder / "metrics.jsonl").read_bytes()
+    again = train.run(
+        learner=make_learner(), dataset=toy_run.Data(), steps=60, model_dir=str(folder)
+    )
+    assert again == result and "finished already, at step 60" in capsys.readouterr().err
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def start(folder):
+    """The same run in a process of its own, saving often enough to be killed within a save."""
+    command = [sys.executable, "-m", "t5x_audio.train", f"--gin_file={HERE}/training/toy.gin"]
+    command += [f"--model_dir={folder}", "--gin.toy_run.Data.delay=0.02", "--gin.train.run.keep=1"]
+    command += ["--gin.train.run.save_every=3"]
+    env = os.environ | {"PYTHONPATH": f"{HERE}/training{os.pathsep}{HERE.parent}"}
+    env["JAX_COMPILATION_CACHE_DIR"] = str(folder) + "-cache"
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(folder, step, process):
+    deadline = time.monotonic() + 120
+    while max(lines(folder), default=0) < step:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.005)
+
+
+def test_killed_and_terminated_runs_continue_bit_for_bit(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    rng = np.random.default_rng()
+    first, second = int(rng.integers(4, 20)), int(rng.integers(24, 50))
+    process = start(folder)
+    wait_for_step(folder, first, process)
+    process.kill()
+    process.communicate()
+    process = start(folder)
+    wait_for_step(folder, second, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "start again to continue" in err.splitlines()[-1]
+    assert checkpoints.checkpoint_steps(folder)[-1] == max(lines(folder)) >= second
+    process = start(folder)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert lines(folder) == lines(uninterrupted[0]), f"killed at {first}, terminated at {second}"
+    whole, pieces = final_weights(uninterrupted[0]), final_weights(folder)
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], pieces[name], err_msg=name)
+    assert "train.run.save_every = 3" in (folder / "config.gin").read_text()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="loss is not finite at step 9; the last good .* step 8"):
+        train.run(
+            learner=make_learner(poison_at=11),
+            dataset=toy_run.Data(poison_at=9),
+            steps=20,
+            model_dir=str(tmp_path),
+            log_every=5,
+            save_every=4,
+        )
+    assert checkpoints.checkpoint_steps(tmp_path)[-1] == 8
+
+
+def test_bad_runs_are_one_line(uninterrupted, tmp_path):
+    def run(**settings):
+        defaults = {"learner": make_learner(), "dataset": toy_run.Data(length=3), "steps": 9}
+        return train.run(**(defaults | settings))
+
+    with pytest.raises(UserError, match="data ended after step 3 of 9"):
+        run(model_dir=str(tmp_path / "a"))
+    with pytest.raises(UserError, match="throughput_key='x': the batch has only targets, tokens"):
+        run(model_dir=str(tmp_path / "b"), throughput_key="x")
+    with pytest.raises(UserError, match="add --model_dir"):
+        run(run_dir="x")
+    with pytest.raises(UserError, match=r"\(12, 8\) there but \(12, 6\) in the configuration"):
+        other = make_learner(toy_run.MlpConfig(embed=6))
+        run(model_dir=str(uninterrupted[0]), learner=other, steps=70)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made a directory"):
+        run(model_dir=str(tmp_path / "file"))
+
+
+def test_no_tensorflow():
+    code = (
+        "import sys, runpy, t5x_audio.train, t5x_audio.merge\n"
+        "from t5x_audio.training import checkpoints, learner, metrics, optimizers, partitioning\n"
+        "import tempfile; w = metrics.MetricWriter(tempfile.mkdtemp()); w.write(1, 'x', {'a': 1.})\n"
+        "assert not {'tensorflow', 'seqio', 'gin'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,74 @@
+import json
+
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing import event_file_loader
+
+from t5x_audio.training import learner, metrics, progress
+
+pairs = st.tuples(st.floats(-100, 100), st.sampled_from([0.0, 1.0, 7.0]))
+
+
+@given(st.lists(pairs, min_size=1, max_size=8))
+def test_summary_is_the_weighted_mean(values):
+    steps = [{"loss": (value * weight, weight)} for value, weight in values]
+    total = sum(weight for _, weight in values)
+    summary = metrics.summarize(steps)
+    if total == 0:
+        assert summary == {}
+    else:
+        expected = sum(value * weight for value, weight in values) / total
+        assert summary["loss"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_metrics_that_only_some_steps_have():
+    one, two = learner.mean_metric(2.0, 3), learner.mean_metric(4.0)
+    assert metrics.summarize([{"a": one}, {"a": two, "b": two}]) == {"a": 2.5, "b": 4.0}
+    total = learner.sum_metrics({"a": one}, {"a": two, "b": two})
+    assert [float(x) for x in total["a"]] == [10.0, 4.0] and float(total["b"][0]) == 4.0
+
+
+def test_first_bad_names_step_and_metric():
+    good = {"loss": (jnp.ones(()), jnp.ones(()))}
+    bad = {"loss": (jnp.ones(()), jnp.ones(())), "grad_norm": (jnp.array(jnp.inf), jnp.ones(()))}
+    assert metrics.first_bad([good, good]) is None
+    assert metrics.first_bad([good, bad, good]) == (1, "grad_norm")
+
+
+def test_restart_drops_later_lines_and_a_line_cut_short(tmp_path):
+    writer = metrics.MetricWriter(tmp_path)
+    for step in range(1, 6):
+        writer.write(step, "train", {"loss": float(step)})
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "spl')
+    writer = metrics.MetricWriter(tmp_path, from_step=3)
+    writer.write(4, "train", {"loss": 40.0})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_tensorboard_reads_the_curves(tmp_path):
+    writer = metrics.MetricWriter(tmp_path)
+    writer.write(1, "train", {"loss": 0.5, "rate": 3.0})
+    writer.write(2, "train", {"loss": 0.25})
+    writer.close()
+    (path,) = (tmp_path / "events" / "train").iterdir()
+    events = list(event_file_loader.EventFileLoader(str(path)).Load())
+    assert events[0].file_version == "brain.Event:2"
+    points = [
+        (event.step, value.tag, value.tensor.float_val[0] if value.tensor.float_val else None)
+        for event in events
+        for value in event.summary.value
+    ]
+    assert points == [(1, "loss", 0.5), (1, "rate", 3.0), (2, "loss", 0.25)]
+
+
+def test_counts_of_a_batch():
+    batch = {"lengths": [3, 5], "segment_ids": [[1, 1, 0], [2, 0, 0]]}
+    assert progress.count(batch, "lengths") == 8
+    assert progress.count(batch, "segment_ids") == 3
+    assert progress.count(batch, None) == 2

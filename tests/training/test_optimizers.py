@@ -1,0 +1,105 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy_run
+from flax import nnx
+
+from t5x_audio.errors import UserError
+from t5x_audio.training import optimizers
+
+
+@functools.cache
+def make_params():
+    return nnx.split(toy_run.MlpConfig().make(nnx.Rngs(0)), nnx.Param, ...)[1]
+
+
+def update(optimizer, params, grads, steps=1):
+    return run(optimizer.make(params), params, grads, steps)
+
+
+def run(tx, params, grads, steps):
+    @jax.jit
+    def all_steps(params, grads):
+        state = tx.init(params)
+        for _ in range(steps):
+            updates, state = tx.update(grads, state, params)
+        return updates
+
+    return all_steps(params, grads)
+
+
+def test_schedule_warms_up_decays_and_stays():
+    cosine = optimizers.AdamW(peak_lr=2e-5, end_lr=5e-6, warmup_steps=10, total_steps=110)
+    rates = [float(cosine.learning_rate(step)) for step in (0, 9, 10, 60, 110, 500)]
+    np.testing.assert_allclose(rates, [2e-6, 2e-5, 2e-5, 1.25e-5, 5e-6, 5e-6], rtol=1e-5)
+    linear = optimizers.AdamW(peak_lr=1.0, total_steps=10, schedule="linear")
+    np.testing.assert_allclose(linear.learning_rate(5), 0.5)
+    constant = optimizers.AdamW(peak_lr=1.0, warmup_steps=2, schedule="constant")
+    np.testing.assert_allclose([constant.learning_rate(s) for s in (0, 1, 99)], [0.5, 1, 1])
+
+
+def test_adamw_agrees_with_optax():
+    params = make_params()
+    grads = jax.tree.map(lambda x: jnp.sin(x + 1), params)
+    ours = optimizers.AdamW(peak_lr=1e-3, schedule="constant", weight_decay=0.1, clip_norm=None)
+    matrices = jax.tree.map(lambda x: x.ndim > 1, params)
+    theirs = optax.adamw(1e-3, b2=0.95, weight_decay=0.1, mask=matrices)
+    expected = run(theirs, params, grads, steps=3)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        update(ours, params, grads, steps=3),
+        expected,
+    )
+
+
+def test_embedding_and_head_learn_at_their_own_rate():
+    params = make_params()
+    grads = jax.tree.map(jnp.ones_like, params)
+    plain = optimizers.AdamW(peak_lr=1e-3, schedule="constant")
+    fast = optimizers.AdamW(peak_lr=1e-3, schedule="constant", embedding_lr_multiplier=5.0)
+    ratio = jax.tree.map(jnp.divide, update(fast, params, grads), update(plain, params, grads))
+    np.testing.assert_allclose(ratio["table"][...], 5.0, rtol=1e-6)
+    np.testing.assert_allclose(ratio["head"]["kernel"][...], 5.0, rtol=1e-6)
+    np.testing.assert_allclose(ratio["up"]["kernel"][...], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(ratio["head"]["bias"][...], 1.0, rtol=1e-6)
+
+
+def test_stacked_gains_do_not_decay():
+    gain = nnx.Param(jnp.ones((3, 4)), logical_axes=("layers", "embed"))
+    kernel = nnx.Param(jnp.ones((3, 4, 4)), logical_axes=("layers", "embed", "mlp"))
+    params = nnx.State({"gain": gain, "kernel": kernel})
+    optimizer = optimizers.AdamW(peak_lr=1.0, schedule="constant", weight_decay=0.5)
+    updates = update(optimizer, params, jax.tree.map(jnp.zeros_like, params))
+    np.testing.assert_allclose(updates["gain"][...], 0.0)
+    np.testing.assert_allclose(updates["kernel"][...], -0.5)
+
+
+@pytest.mark.parametrize("kind", [optimizers.AdamW, optimizers.Adafactor])
+def test_both_minimise_and_clip(kind):
+    optimizer = kind(peak_lr=0.05, schedule="constant", weight_decay=0.0)
+    params = make_params()
+    tx = optimizer.make(params)
+
+    def loss(params):
+        return sum(jnp.sum((x - 0.5) ** 2) for x in jax.tree.leaves(params))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, before = jax.jit(tx.init)(params), loss(params)
+    for _ in range(60):
+        params, state = step(params, state)
+    assert loss(params) < 0.1 * before
+
+
+def test_bad_settings_are_one_line():
+    with pytest.raises(UserError, match="schedule='cosin': use one of cosine"):
+        optimizers.AdamW(peak_lr=1.0, schedule="cosin")
+    with pytest.raises(UserError, match="needs total_steps"):
+        optimizers.AdamW(peak_lr=1.0)
