@@ -162,16 +162,14 @@ class PackedLmDataset:
 
     def _pack(self, examples: grain.MapDataset) -> grain.IterDataset:
         """Rows of length S, in an order that the seed and the examples determine."""
-        features = ("tokens", "targets", "weights")
         rows = grain.experimental.BestFitPackIterDataset(
-            examples.map(_shift).to_iter_dataset(_READ),
-            length_struct=dict.fromkeys(features, self.sequence_length),
-            padding_struct={"tokens": self._pad, "targets": self._pad, "weights": 0},
+            examples.map(_columns).to_iter_dataset(_READ),
+            length_struct={"columns": self.sequence_length},
+            padding_struct={"columns": np.array([self._pad, self._pad, 0], np.int32)},
             num_packing_bins=self._open_rows,
-            meta_features=("targets", "weights"),  # They need no ids of their own.
             seed=self.seed,
         )
-        return rows.map(_rename)
+        return rows.map(_named)
 
     def __iter__(self) -> grain.DatasetIterator:
         return iter(self._rows.batch(self.batch_size, drop_remainder=True))
@@ -271,18 +269,21 @@ class _InProportion:
         return self._tasks[task][within]
 
 
-def _shift(example: dict) -> dict:
+def _columns(example: dict) -> dict:
+    """Token, target and the bits of the weight side by side, int32[L-1, 3], packed in one go."""
     tokens, weights = example["tokens"], example["weights"]
-    return {"tokens": tokens[:-1], "targets": tokens[1:], "weights": weights[1:]}
+    bits = weights[1:].view(np.int32)
+    return {"columns": np.stack([tokens[:-1], tokens[1:], bits], axis=1)}
 
 
-def _rename(row: dict) -> dict:
+def _named(row: dict) -> dict:
+    tokens, targets, bits = np.ascontiguousarray(row["columns"].T)
     return {
-        "tokens": row["tokens"],
-        "targets": row["targets"],
-        "weights": row["weights"],
-        "segment_ids": row["tokens_segment_ids"],
-        "positions": row["tokens_positions"],
+        "tokens": tokens,
+        "targets": targets,
+        "weights": bits.view(np.float32),
+        "segment_ids": row["columns_segment_ids"],
+        "positions": row["columns_positions"],
     }
 
 

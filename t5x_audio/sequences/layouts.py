@@ -24,12 +24,13 @@ from typing import NamedTuple
 import numpy as np
 
 from t5x_audio.errors import UserError
-from t5x_audio.sequences.vocabulary import Vocabulary
-
-TRANSCRIBE = "transcribe the speech"
-SPEAK = "speak the text"
-ANSWER_IN_TEXT = "answer in text"
-ANSWER_IN_SPEECH = "answer in speech"
+from t5x_audio.sequences.vocabulary import (
+    ANSWER_IN_SPEECH,
+    ANSWER_IN_TEXT,
+    SPEAK,
+    TRANSCRIBE,
+    Vocabulary,
+)
 
 
 class Sequence(NamedTuple):

@@ -27,6 +27,12 @@ from t5x_audio.errors import UserError
 TEXT, LINGUISTIC, SEMANTIC, SPECIAL = range(4)
 MODALITIES = ("text", "linguistic", "semantic", "special")
 ROLES = ("system", "human", "assistant")
+# System turns: what a chat asks for. One piece each in vocabularies of our own.
+TRANSCRIBE = "transcribe the speech"
+SPEAK = "speak the text"
+ANSWER_IN_TEXT = "answer in text"
+ANSWER_IN_SPEECH = "answer in speech"
+INSTRUCTIONS = (TRANSCRIBE, SPEAK, ANSWER_IN_TEXT, ANSWER_IN_SPEECH)
 
 # Fixed by the published SentencePiece model; ours is trained to agree.
 UNK, BOS, EOS, EOT, BOT = range(5)
@@ -288,16 +294,19 @@ def _check_range(values: np.ndarray, low: int, high: int, name: str) -> None:
 def train_sentencepiece(texts: Iterable[str], prefix: str, size: int) -> str:
     """Trains a BPE model of at most `size` pieces; writes `<prefix>.model` and returns its path.
 
-    The ids 0..4 are <unk> <s> </s> <|EOT|> <|BOT|> and each chat header is one piece. Every
-    printable ASCII character and the newline have a piece, so any English text encodes; from
-    2,048 pieces on there is room for byte fallback too, which covers every other script. The
-    same texts give the same file. UserError when `size` is too small or there is no text.
+    The ids 0..4 are <unk> <s> </s> <|EOT|> <|BOT|>; each chat header and each of `INSTRUCTIONS`
+    is one piece, as they would be a good part of a short example otherwise. Every printable ASCII
+    character and the newline have a piece, so any English text encodes; from 2,048 pieces on there
+    is room for byte fallback too, which covers every other script. The same texts give the same
+    file. UserError when `size` is too small or there is no text.
     """
     import sentencepiece
 
     lines = [" " + line for text in texts for line in text.lower().splitlines() if line.strip()]
     if not lines:
         raise UserError("cannot train a vocabulary from no text: is the corpus empty?")
+    fixed = [role + "\n" for role in ROLES]
+    fixed += ["\u2581" + text.replace(" ", "\u2581") for text in INSTRUCTIONS]
     # Upper case is left to byte fallback: small models are only given lower-cased text.
     characters = "".join(sorted(set(_PRINTABLE.lower()) - {" "})) + "\n"
     model = io.BytesIO()
@@ -314,7 +323,7 @@ def train_sentencepiece(texts: Iterable[str], prefix: str, size: int) -> str:
             eos_id=EOS,
             pad_id=-1,
             control_symbols=[_CONTROLS[EOT], _CONTROLS[BOT]],
-            user_defined_symbols=[role + "\n" for role in ROLES],
+            user_defined_symbols=fixed,
             required_chars=characters,
             character_coverage=1.0,
             normalization_rule_name="identity",

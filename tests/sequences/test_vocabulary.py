@@ -46,6 +46,11 @@ def test_fixed_pieces(vocabulary):
     assert pieces == ["<unk>", "<s>", "</s>", "<|EOT|>", "<|BOT|>"]
     for role in V.ROLES:
         assert len(vocabulary.encode_header(role)) == 1
+    for text in V.INSTRUCTIONS:
+        assert len(vocabulary.encode_text(text)) == 1
+        assert vocabulary.decode_text(vocabulary.encode_text(text)) == text
+    mixed = "please answer in text: transcribe the speech"
+    assert vocabulary.decode_text(vocabulary.encode_text(mixed)) == mixed
 
 
 ascii_text = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40)
