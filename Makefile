@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
 CONSTRAINTS := constraints/$(TAG).txt
 PIP := -m pip install --quiet --disable-pip-version-check --no-input
-export T5X_AUDIO_PIPER ?= $(VOICE_VENV)/bin/python -m piper
+export T5X_AUDIO_PIPER ?= $(abspath $(VOICE_VENV))/bin/python
 
 .PHONY: env voice demo tiny test lint parity bench clean
 .DELETE_ON_ERROR:
