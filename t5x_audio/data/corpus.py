@@ -121,6 +121,19 @@ def read_summary(directory: str) -> dict | None:
         return None
 
 
+def finished_corpora(root: str) -> list[str]:
+    """Directories of the whole corpora under `root`, sorted. UserError when there is none."""
+    try:
+        names = sorted(os.listdir(root))
+    except OSError:
+        names = []
+    found = [os.path.join(root, name) for name in names]
+    found = [directory for directory in found if read_summary(directory) is not None]
+    if not found:
+        raise UserError(f"{root}: holds no finished corpus; run prepare_data first")
+    return found
+
+
 def write_corpus(
     directory: str,
     clips: Mapping[str, Iterable[Clip]],
