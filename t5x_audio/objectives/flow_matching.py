@@ -1,0 +1,87 @@
+"""What the flow minimises: the masked error of the velocity on the optimal-transport path.
+
+CosyVoice-1's recipe: x_t = (1 - (1 - sigma) t) z + t x_1 with target x_1 - (1 - sigma) z, times
+1 - cos(pi u / 2), all conditions dropped together in a fifth of the rows (for classifier-free
+guidance), and in half of the rows a random prefix of up to 30 % of the mel given as the prompt.
+
+Choices: the mel is computed here from the batch's waveform, so nothing but audio and codes is
+stored; frames count as far as both the codes and the audio reach; times are stratified over a batch,
+which lowers the variance of the gradient and of the logged loss.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from t5x_audio.audio.features import MelConfig, mel_spectrogram
+from t5x_audio.vocoder.convolution import length_mask
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatchingObjective:
+    """(model, batch, rng, train) -> (loss, Metrics).
+
+    Batch: audio float32 [B, T] and audio_lengths int32 [B] in samples; codes int32 [B, N] flat
+    local codes and code_lengths int32 [B]; speaker_embedding float32 [B, speaker_dim].
+
+    Attributes:
+      mel: features the flow learns; same rate and hop as the model's configuration.
+      condition_dropout: share of rows without any condition, in training.
+      prompt_probability: share of rows with a mel prefix, in training.
+      prompt_fraction: longest prefix, as a share of the utterance.
+    """
+
+    mel: MelConfig = MelConfig()
+    condition_dropout: float = 0.2
+    prompt_probability: float = 0.5
+    prompt_fraction: float = 0.3
+
+    def __call__(self, model, batch, rng: jax.Array, train: bool):
+        """See the class; `rng` draws times, noise, prefixes, dropped conditions and dropout."""
+        rngs = jax.random.split(rng, 5)
+        audio_lengths = batch["audio_lengths"]
+        log_mel = mel_spectrogram(batch["audio"], self.mel, audio_lengths)
+        conditions = model.conditions(
+            batch["codes"],
+            batch["code_lengths"],
+            batch["speaker_embedding"],
+            rng=rngs[0] if train else None,
+        )
+        size = conditions.mu.shape[1]
+        frames = jnp.minimum(
+            model.config.mel_lengths(batch["code_lengths"]), self.mel.num_frames(audio_lengths)
+        )
+        mask = length_mask(frames, size)
+        target = model.normalise(_fit(log_mel, size)) * mask
+        conditions = conditions.replace(mask=mask)
+        rows = target.shape[0]
+        if train:
+            conditions = conditions.replace(prompt=target * self._prefix(frames, size, rngs[1]))
+            kept = jax.random.uniform(rngs[2], (rows,)) >= self.condition_dropout
+            conditions = conditions.keep(kept.astype(jnp.float32))
+        # Stratified over the batch: every row's time is uniform, the batch covers the whole path.
+        uniform = (jnp.arange(rows) + jax.random.uniform(rngs[3])) / rows
+        time = 1.0 - jnp.cos(0.5 * jnp.pi * uniform)
+        noise = jax.random.normal(rngs[4], target.shape)
+        shrink = 1.0 - model.config.sigma_min
+        t = time[:, None, None]
+        velocity = model.velocity((1.0 - shrink * t) * noise + t * target, time, conditions)
+        squared = jnp.square(velocity - (target - shrink * noise)) * mask
+        error, weight = squared.sum(), mask.sum() * target.shape[-1]
+        loss = error / jnp.maximum(weight, 1.0)
+        return loss, {"velocity_mse": (error, weight)}
+
+    def _prefix(self, frames, size: int, rng):
+        """Float32 [B, F, 1]: 1 on a random prefix of some rows."""
+        pick_rng, length_rng = jax.random.split(rng)
+        picked = jax.random.uniform(pick_rng, frames.shape) < self.prompt_probability
+        longest = self.prompt_fraction * frames.astype(jnp.float32)
+        length = jnp.floor(jax.random.uniform(length_rng, frames.shape) * (longest + 1.0))
+        return length_mask(jnp.where(picked, length, 0.0), size)
+
+
+def _fit(mel, size: int):
+    """Cuts or zero-pads [B, F, M] to F = size."""
+    mel = mel[:, :size]
+    return jnp.pad(mel, ((0, 0), (0, size - mel.shape[1]), (0, 0)))

@@ -1,0 +1,162 @@
+"""The flow's encoder of audio codes: a conformer without convolution, relative positions.
+
+As CosyVoice-1 configures it: linear and layer norm in front, inputs scaled by sqrt(width), pre-norm
+self-attention with Transformer-XL relative positions in ESPnet's form (Dai et al. 2019, section
+3.3; distances T-1 ... -(T-1)), swish feed-forward, a final layer norm. Padding is masked as keys.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from t5x_audio.vocoder.layers import attention, dropout, layer_norm, linear, run_stack, stack
+
+
+@dataclasses.dataclass(frozen=True)
+class ConformerConfig:
+    """Sizes; defaults are CosyVoice-1's.
+
+    Attributes:
+      width: model width, of the input too.
+      num_layers: blocks.
+      num_heads: attention heads.
+      mlp_dim: width of the feed-forward.
+      dropout: on positions, attention output and feed-forward, in training.
+      dtype: compute dtype.
+    """
+
+    width: int = 512
+    num_layers: int = 6
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    dropout: float = 0.1
+    dtype: str = "float32"
+
+    def make(self, rngs: nnx.Rngs) -> "Conformer":
+        """The encoder with fresh weights."""
+        return Conformer(self, rngs)
+
+
+def relative_positions(length: int, width: int) -> np.ndarray:
+    """Sinusoids of the distances length-1 ... -(length-1): float32 [2 * length - 1, width]."""
+    distance = np.arange(length - 1, -length, -1)[:, None]
+    rate = np.exp(np.arange(0, width, 2) * -(np.log(10000.0) / width))
+    table = np.zeros((2 * length - 1, width), np.float32)
+    table[:, 0::2] = np.sin(distance * rate)
+    table[:, 1::2] = np.cos(distance * rate)
+    return table
+
+
+def relative_shift(scores: jax.Array) -> jax.Array:
+    """[B, H, T, 2T - 1] by distance -> [B, H, T, T] by key, without a gather."""
+    batch, heads, length, distances = scores.shape
+    padded = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (1, 0)))
+    padded = padded.reshape(batch, heads, distances + 1, length)[:, :, 1:]
+    return padded.reshape(scores.shape)[..., :length]
+
+
+class RelativeAttention(nnx.Module):
+    """Multi-head attention with content and position biases u, v."""
+
+    def __init__(self, config: ConformerConfig, rngs: nnx.Rngs):
+        self.config = config
+        width = config.width
+        head_dim = width // config.num_heads
+
+        def project(axes, use_bias=True):
+            return linear(
+                width, width, axes, use_bias=use_bias, dtype=config.dtype, rngs=rngs, stacked=1
+            )
+
+        self.query, self.key, self.value = (project(("embed", "heads")) for _ in range(3))
+        self.out = project(("heads", "embed"))
+        self.position = project(("embed", "heads"), use_bias=False)
+        init = nnx.initializers.xavier_uniform()
+        axes = ("layers", "heads", "head_dim")
+        shape = (config.num_heads, head_dim)
+        self.content_bias = nnx.Param(init(rngs.params(), shape), logical_axes=axes)
+        self.position_bias = nnx.Param(init(rngs.params(), shape), logical_axes=axes)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
+        """[B, T, width], positions [2T - 1, width], mask [B, T, 1] -> [B, T, width]."""
+
+        def heads(y):
+            return y.reshape(*y.shape[:-1], self.config.num_heads, -1)
+
+        query, key, value = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        position = heads(self.position(positions))
+        by_distance = jnp.einsum(
+            "bthd,phd->bhtp",
+            query + self.position_bias[...].astype(query.dtype),
+            position,
+            preferred_element_type=jnp.float32,
+        )
+        query = query + self.content_bias[...].astype(query.dtype)
+        return self.out(attention(query, key, value, mask, relative_shift(by_distance)))
+
+
+class ConformerBlock(nnx.Module):
+    """Pre-norm attention and swish feed-forward."""
+
+    def __init__(self, config: ConformerConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.attention_norm = layer_norm(config.width, 1e-12, rngs)
+        self.mlp_norm = layer_norm(config.width, 1e-12, rngs)
+        self.attention = RelativeAttention(config, rngs)
+        kind = {"dtype": config.dtype, "rngs": rngs, "stacked": 1}
+        self.up = linear(config.width, config.mlp_dim, ("embed", "mlp"), **kind)
+        self.down = linear(config.mlp_dim, config.width, ("mlp", "embed"), **kind)
+
+    def __call__(self, x, positions, mask, rng=None):
+        """[B, T, width] -> [B, T, width]."""
+        keys = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+        rate, dtype = self.config.dropout, jnp.dtype(self.config.dtype)
+        y = self.attention(self.attention_norm(x).astype(dtype), positions, mask)
+        x = x + dropout(y, rate, keys[0])
+        y = dropout(jax.nn.silu(self.up(self.mlp_norm(x).astype(dtype))), rate, keys[1])
+        return x + dropout(self.down(y), rate, keys[2])
+
+
+class Conformer(nnx.Module):
+    """The encoder: [B, T, width] -> [B, T, width], one output for each code."""
+
+    def __init__(self, config: ConformerConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = linear(
+            config.width, config.width, (None, "embed"), dtype=config.dtype, rngs=rngs
+        )
+        self.embed_norm = layer_norm(config.width, 1e-5, rngs)
+        self.layers = stack(lambda r: ConformerBlock(config, r), config.num_layers, rngs)
+        self.final_norm = layer_norm(config.width, 1e-5, rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """Encodes embedded codes.
+
+        Args:
+          x: [B, T, width].
+          mask: float32 [B, T, 1], 1 at valid positions.
+          rng: key of the dropout; None = no dropout.
+
+        Returns:
+          float32 [B, T, width]; padded positions are 0.
+        """
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        positions = jnp.asarray(relative_positions(x.shape[1], config.width), dtype)
+        keys = None
+        if rng is not None:
+            rng, position_rng, input_rng = jax.random.split(rng, 3)
+            positions = dropout(positions, config.dropout, position_rng)
+            keys = jax.random.split(rng, config.num_layers)
+        x = self.embed_norm(self.embed(x)) * config.width**0.5
+        if rng is not None:
+            x = dropout(x, config.dropout, input_rng)
+
+        def call(block, x, key):
+            return block(x, positions, mask, key)
+
+        x = run_stack(self.layers, call, x, keys)
+        return self.final_norm(x) * mask

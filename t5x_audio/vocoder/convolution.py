@@ -1,0 +1,139 @@
+"""1-D and 2-D convolutions of the vocoder: channels last, optional weight norm, fast on a CPU.
+
+Choices, measured on 2 CPU cores (forward and both gradients, float32): XLA's own dense convolution
+in channels-last layout runs at 60 to 140 GFLOP/s, also dilated, two to five times as fast as k
+shifted matrix products or im2col, so it is used as it is. Transposed convolutions are a matrix
+product followed by an overlap-add of reshaped pieces (no `lhs_dilation`), which multiplies no zeros
+and whose gradient is again a matrix product. There are no grouped or depthwise convolutions here.
+
+Weight norm (Salimans & Kingma 2016): kernel = scale * v / |v|, one scale for each output channel.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+_NORM_EPSILON = 1e-12
+
+
+def length_mask(lengths: jax.Array, size: int) -> jax.Array:
+    """Float32 [B, size, 1]: 1 where the position is below the row's length, else 0."""
+    return (jnp.arange(size) < lengths[:, None]).astype(jnp.float32)[..., None]
+
+
+class Convolution(nnx.Module):
+    """A convolution over the middle axes of [B, *spatial, in] -> [B, *spatial', out].
+
+    `kernel_size`, `strides`, `dilation` and `padding` have one entry for each spatial axis
+    (or are a plain int for one axis); `padding` None keeps the length at stride 1.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        kernel_size,
+        *,
+        strides=1,
+        dilation=1,
+        padding=None,
+        weight_norm: bool = False,
+        kernel_init=None,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        """Kernel [*kernel_size, in, out], bias [out] and, with weight norm, scale [out]."""
+        self.kernel_size = _per_axis(kernel_size, 1)
+        rank = len(self.kernel_size)
+        self.strides = _per_axis(strides, rank)
+        self.dilation = _per_axis(dilation, rank)
+        self.padding = (
+            tuple((k - 1) * d // 2 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+            if padding is None
+            else _per_axis(padding, rank)
+        )
+        self.dtype = dtype
+        init = kernel_init or nnx.initializers.lecun_normal(in_axis=(*range(rank), -2))
+        kernel = init(rngs.params(), (*self.kernel_size, n_in, n_out), jnp.float32)
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros(n_out))
+        self.scale = nnx.Param(_channel_norm(kernel)) if weight_norm else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """See the class."""
+        dtype = jnp.dtype(self.dtype)
+        spatial = "DHW"[-len(self.kernel_size) :]
+        y = jax.lax.conv_general_dilated(
+            x.astype(dtype),
+            effective_kernel(self.kernel, self.scale).astype(dtype),
+            self.strides,
+            [(p, p) for p in self.padding],
+            rhs_dilation=self.dilation,
+            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+        )
+        return y + self.bias[...].astype(dtype)
+
+
+class TransposedConvolution(nnx.Module):
+    """Up-sampling by `stride`: [B, T, in] -> [B, T * stride, out]; kernel_size - stride is even."""
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        kernel_size: int,
+        stride: int,
+        *,
+        weight_norm: bool = False,
+        kernel_init=None,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        """Kernel [kernel_size, in, out], bias [out] and, with weight norm, scale [in]."""
+        if kernel_size < stride or (kernel_size - stride) % 2:
+            raise ValueError(f"kernel {kernel_size} must be stride {stride} plus an even number")
+        self.kernel_size, self.stride, self.dtype = kernel_size, stride, dtype
+        init = kernel_init or nnx.initializers.lecun_normal(in_axis=(0, 1))
+        kernel = init(rngs.params(), (kernel_size, n_in, n_out), jnp.float32)
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros(n_out))
+        # Like torch's weight_norm on a transposed convolution: one scale per *input* channel.
+        self.scale = nnx.Param(_channel_norm(kernel, axis=1)) if weight_norm else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """See the class."""
+        dtype = jnp.dtype(self.dtype)
+        batch, length, _ = x.shape
+        kernel = effective_kernel(self.kernel, self.scale, axis=1).astype(dtype)
+        n_out, pieces = kernel.shape[-1], -(-self.kernel_size // self.stride)
+        kernel = jnp.pad(kernel, ((0, pieces * self.stride - self.kernel_size), (0, 0), (0, 0)))
+        flat = kernel.transpose(1, 0, 2).reshape(x.shape[-1], -1)
+        y = (x.astype(dtype) @ flat).reshape(batch, length, pieces, self.stride * n_out)
+        y = overlap_add(y).reshape(batch, (length + pieces - 1) * self.stride, n_out)
+        crop = (self.kernel_size - self.stride) // 2
+        return y[:, crop : crop + length * self.stride] + self.bias[...].astype(dtype)
+
+
+def overlap_add(pieces: jax.Array) -> jax.Array:
+    """Adds piece p of frame t at block t + p: [B, T, P, S] -> [B, T + P - 1, S]."""
+    count = pieces.shape[2]
+    return sum(jnp.pad(pieces[:, :, p], ((0, 0), (p, count - 1 - p), (0, 0))) for p in range(count))
+
+
+def effective_kernel(kernel: nnx.Param, scale: nnx.Param | None, axis: int = -1) -> jax.Array:
+    """The kernel that is applied: as stored, or scale * kernel / |kernel| along `axis`."""
+    value = kernel[...]
+    if scale is None:
+        return value
+    shape = [1] * value.ndim
+    shape[axis] = -1
+    return value * (scale[...] / _channel_norm(value, axis)).reshape(shape)
+
+
+def _channel_norm(kernel: jax.Array, axis: int = -1) -> jax.Array:
+    others = tuple(i for i in range(kernel.ndim) if i != axis % kernel.ndim)
+    return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=others) + _NORM_EPSILON)
+
+
+def _per_axis(value, rank: int) -> tuple[int, ...]:
+    return (value,) * rank if isinstance(value, int) else tuple(value)

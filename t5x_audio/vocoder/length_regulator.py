@@ -1,0 +1,71 @@
+"""From code rate to mel rate: linear interpolation of each utterance, then a small conv stack.
+
+CosyVoice-1's interpolate regulator: `torch.nn.functional.interpolate(mode='linear')` (half-pixel
+centres, clamped ends), four times (conv 3, group norm 1, Mish), conv 1. Prompt and target are
+interpolated apart so that the prompt's mel frames line up with the prompt's codes.
+
+Choice: interpolation is a product with a hat-function matrix built from the row's own lengths: no
+gather forwards and no scatter backwards.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5x_audio.vocoder.convolution import Convolution
+from t5x_audio.vocoder.layers import MaskedGroupNorm, mish
+
+
+def interpolation_weights(
+    lengths: jax.Array, new_lengths: jax.Array, size: int, new_size: int, prompts=None
+) -> jax.Array:
+    """Linear interpolation of each row from its `lengths` to its `new_lengths` positions.
+
+    Args:
+      lengths: int32 [B] valid input positions.
+      new_lengths: int32 [B] valid output positions.
+      size: input positions with padding.
+      new_size: output positions with padding.
+      prompts: (input, output) positions int32 [B] of the prompt, included in the lengths; None = 0.
+
+    Returns:
+      float32 [B, new_size, size]; rows beyond `new_lengths` are 0.
+    """
+    zero = jnp.zeros_like(lengths)
+    prompt_in, prompt_out = (zero, zero) if prompts is None else prompts
+    index = jnp.arange(new_size)[None]
+    in_prompt = index < prompt_out[:, None]
+    first = _source(index, zero, prompt_in, prompt_out)
+    rest = _source(
+        index - prompt_out[:, None], prompt_in, lengths - prompt_in, new_lengths - prompt_out
+    )
+    position = jnp.where(in_prompt, first, rest)
+    weights = jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(size)))
+    return jnp.where((index < new_lengths[:, None])[..., None], weights, 0.0)
+
+
+def _source(index, start, count, new_count):
+    """Input position of each output index: `count` positions from `start` spread on `new_count`."""
+    start, count, new_count = start[:, None], count[:, None], jnp.maximum(new_count, 1)[:, None]
+    position = (index + 0.5) * count / new_count - 0.5
+    return start + jnp.clip(position, 0.0, jnp.maximum(count - 1, 0).astype(jnp.float32))
+
+
+class LengthRegulator(nnx.Module):
+    """Interpolation and convolutions: [B, N, channels] -> [B, F, channels]."""
+
+    def __init__(self, channels: int, num_layers: int, dtype: str, rngs: nnx.Rngs):
+        """`num_layers` convolutions of kernel 3 and one of kernel 1."""
+        self.convolutions = nnx.List(
+            [Convolution(channels, channels, 3, dtype=dtype, rngs=rngs) for _ in range(num_layers)]
+        )
+        self.norms = nnx.List([MaskedGroupNorm(1, channels) for _ in range(num_layers)])
+        self.out = Convolution(channels, channels, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, lengths, new_lengths, new_size, new_mask, prompts=None) -> jax.Array:
+        """See the class and `interpolation_weights`; new_mask float32 [B, F, 1]."""
+        weights = interpolation_weights(lengths, new_lengths, x.shape[1], new_size, prompts)
+        x = jnp.einsum("bfn,bnc->bfc", weights, x.astype(jnp.float32))
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = mish(norm(convolution(x), new_mask)) * new_mask
+        return self.out(x) * new_mask
