@@ -57,6 +57,7 @@ def fetch(cache_dir: str) -> str:
     Raises:
       Unavailable: with one line saying what is missing.
     """
+    cache_dir = os.path.abspath(cache_dir)  # the programs below run inside it
     unpacked = pathlib.Path(cache_dir) / "unpacked"
     if unpacked.is_dir():
         return str(unpacked)
