@@ -1,16 +1,17 @@
-"""Makes the speech corpora of a run: human recordings and a spoken question-and-answer world.
+r"""Makes the speech corpora of a run: human recordings and a spoken question-and-answer world.
 
 `<run_dir>/corpus/asterisk` holds telephone prompts by a human speaker, fetched with apt; where that
 cannot be had, a notice says why and the run goes on without. `<run_dir>/corpus/spoken_qa` is made
 by the data engine: questions spoken by a natural voice and its variants, each clip checked by a
 speech recogniser. An interrupted job continues; a finished corpus is left as it is.
 
-    python -m t5x_audio.prepare_data --gin_file=gin/models/demo.gin \\
+    python -m t5x_audio.prepare_data --gin_file=gin/models/demo.gin \
         --gin_file=gin/runs/prepare_data.gin --gin.RUN_DIR=runs/demo
 """
 
 import errno
 import os
+import shutil
 import sys
 
 from t5x_audio import launch
@@ -54,8 +55,7 @@ def run(
         os.makedirs(root, exist_ok=True)
         recorded = _asterisk(root, work, asterisk_clips, max_seconds) if asterisk else None
         spoken = _spoken_questions(root, work, engine, piper, recognizer)
-        if os.path.isdir(work) and not os.listdir(work):
-            os.rmdir(work)
+        shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             place = error.filename or root

@@ -1,10 +1,10 @@
-"""Trains the SentencePiece model of a run and writes its vocabulary.
+r"""Trains the SentencePiece model of a run and writes its vocabulary.
 
 The text is what is said in the training split of every corpus under `<run_dir>/corpus`. The
 vocabulary (text ids, then linguistic and semantic codes, then specials) goes to
 `<run_dir>/vocabulary` as sentencepiece.model and vocabulary.json.
 
-    python -m t5x_audio.train_vocabulary --gin_file=gin/models/demo.gin \\
+    python -m t5x_audio.train_vocabulary --gin_file=gin/models/demo.gin \
         --gin_file=gin/runs/train_vocabulary.gin --gin.RUN_DIR=runs/demo
 """
 

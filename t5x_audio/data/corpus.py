@@ -168,9 +168,9 @@ def write_corpus(
     if questions is not None:
         lines = "".join(json.dumps(row) + "\n" for row in questions)
         write_text(os.path.join(directory, QUESTIONS_FILE), lines)
-    summary |= dict(info or {})
-    write_text(os.path.join(directory, SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
-    return summary
+    text = json.dumps(summary | dict(info or {}), indent=1)
+    write_text(os.path.join(directory, SUMMARY_FILE), text + "\n")
+    return json.loads(text)  # as `read_summary` will return it
 
 
 def write_text(path: str, text: str) -> None:

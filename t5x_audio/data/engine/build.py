@@ -74,7 +74,7 @@ class SpokenQuestions:
     length_scale: float = 0.9
     question_noise: tuple[float, float] = (0.667, 0.8)
     answer_noise: tuple[float, float] = (0.4, 0.4)
-    retakes: int = 1
+    retakes: int = 2
     batch_size: int = 48
     num_shards: int = 1
 

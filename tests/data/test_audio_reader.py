@@ -1,0 +1,185 @@
+"""Batches of audio: shapes, what is in them, and exact continuation."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t5x_audio.data import audio_reader, buckets, corpus, records
+from t5x_audio.errors import UserError
+from t5x_audio.sequences import vocabulary
+from t5x_audio.tokenizers import dual_codebook
+
+_WORDS = ["one", "two", "three", "four", "five", "six", "seven", "cat", "dog", "monday"]
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.integers(1, 120), min_size=1, max_size=60),
+    st.integers(100, 400),
+    st.integers(1, 3),
+    st.integers(0, 3),
+)
+def test_an_epoch_holds_every_clip(lengths, samples, multiple, epoch):
+    made = buckets.make_buckets(lengths, [30, 60, 120], samples, multiple)
+    plan = buckets.BatchPlan(made, seed=5)
+    seen = []
+    for place in range(epoch * plan.batches_per_epoch, (epoch + 1) * plan.batches_per_epoch):
+        bucket, chosen = plan[place]
+        assert len(chosen) == bucket.rows and bucket.rows % multiple == 0
+        assert all(lengths[i] <= bucket.samples for i in chosen)
+        seen += chosen.tolist()
+    assert set(seen) == set(range(len(lengths)))
+    ordered = [i for p in range(plan.batches_per_epoch) for i in plan.ordered(p)[1].tolist()]
+    assert set(ordered) == set(range(len(lengths)))
+
+
+def test_bad_buckets_are_named():
+    with pytest.raises(UserError, match="rise"):
+        buckets.make_buckets([1], [5, 5], 10)
+    with pytest.raises(UserError, match="no clip fits"):
+        buckets.make_buckets([99], [5], 10)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """Two corpora with tokens; the value of a clip's samples and codes tells which clip it is."""
+    root = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    for name, count in (("a", 14), ("b", 6)):
+        splits = {}
+        for split, number in (("train", count), ("validation", 3)):
+            splits[split] = []
+            for i in range(number):
+                samples = int(rng.integers(4000, 40000))
+                splits[split].append(
+                    corpus.Clip(
+                        id=f"{name}{i}",
+                        audio=np.full(samples, 100 * (i + 1), np.int16),
+                        text=" ".join(rng.choice(_WORDS, 1 + i % 5)),
+                        speaker=f"speaker {i % 2}",
+                        role="question" if i % 2 else "utterance",
+                    )
+                )
+        corpus.write_corpus(root / "corpus" / name, splits)
+        for split, clips in splits.items():
+            with records.RecordWriter(root / "tokens" / name, split) as writer:
+                for i, clip in enumerate(clips[:-1]):  # the last has no tokens
+                    groups = len(clip.audio) // audio_reader.SAMPLES_PER_GROUP
+                    record = {k: v for k, v in clip.to_record().items() if k != "audio"}
+                    record["linguistic"] = np.full(2 * groups, i, np.int32)
+                    record["semantic"] = np.full(3 * groups, i, np.int32)
+                    writer.write(record)
+    model = vocabulary.train_sentencepiece(_WORDS * 3, str(root / "sp"), 90)
+    sizes = dict(text_size=90, linguistic_size=32, semantic_size=32, num_specials=8, multiple_of=8)
+    vocabulary.Vocabulary(**sizes, sentencepiece=model).save(str(root / "vocabulary"))
+    return str(root)
+
+
+def _embed(waveforms):
+    return np.stack([np.full(8, w.mean(), np.float32) for w in waveforms])
+
+
+_BUCKETS = dict(bucket_seconds=(1.2, 2.4), batch_seconds=9.6)
+
+
+def _datasets(run_dir):
+    yield audio_reader.AudioBatches(run_dir, **_BUCKETS, speeds=(0.9, 1.0, 1.1))
+    yield audio_reader.FlowBatches(run_dir, _embed, **_BUCKETS)
+    yield audio_reader.SegmentBatches(run_dir, segment_seconds=0.6, batch_size=4)
+
+
+def _equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_restored_iterator_goes_on_exactly(run_dir, which):
+    dataset = next(itertools.islice(_datasets(run_dir), which, None))
+    iterator = iter(dataset)
+    for _ in range(3):
+        next(iterator)
+    state = iterator.get_state()
+    expected = [next(iterator) for _ in range(12)]  # more than an epoch
+    for fresh in (iter(dataset), iter(next(itertools.islice(_datasets(run_dir), which, None)))):
+        fresh.set_state(state)
+        for batch in expected:
+            _equal(next(fresh), batch)
+    assert any(not np.array_equal(expected[0]["audio"], b["audio"]) for b in expected[1:])
+
+
+def test_audio_batches(run_dir):
+    dataset = audio_reader.AudioBatches(run_dir, **_BUCKETS)
+    words = {text: dataset.vocabulary.encode_text(text) for text in dataset._train[1].texts}
+    shapes = set()
+    for batch in itertools.islice(dataset, 12):
+        shapes.add(batch["audio"].shape + batch["text_ids"].shape)
+        assert batch["audio"].dtype == np.float32 and batch["text_ids"].dtype == np.int32
+        for row in range(len(batch["audio"])):
+            length = batch["audio_lengths"][row]
+            assert np.all(batch["audio"][row, :length] > 0)
+            assert np.all(batch["audio"][row, length:] == 0)
+            said = batch["text_ids"][row, : batch["text_lengths"][row]]
+            assert any(np.array_equal(said, ids) for ids in words.values())
+    assert len(shapes) == 2
+    assert {s[:2] for s in shapes} == {(8, 19200), (4, 38400)}
+
+
+def test_evaluation_is_fixed_and_of_known_shapes(run_dir):
+    dataset = audio_reader.AudioBatches(run_dir, **_BUCKETS)
+    known = {b["audio"].shape + b["text_ids"].shape for b in itertools.islice(dataset, 12)}
+    first, again = list(dataset.eval_batches()), list(dataset.eval_batches())
+    assert first
+    for one, other in zip(first, again, strict=True):
+        _equal(one, other)
+        assert one["audio"].shape + one["text_ids"].shape in known
+
+
+def test_flow_batches_join_audio_with_its_codes(run_dir):
+    calls = []
+
+    def embed(waveforms):
+        calls.append(len(waveforms))
+        return _embed(waveforms)
+
+    file = {"embeddings_file": "counted.npz"}
+    dataset = audio_reader.FlowBatches(run_dir, embed, **_BUCKETS, **file)
+    again = audio_reader.FlowBatches(run_dir, None, **_BUCKETS, **file)
+    assert sum(calls) == 20
+    for batch, other in zip(itertools.islice(dataset, 8), again, strict=False):
+        _equal(batch, other)
+        assert batch["codes"].shape[1] * 1920 == batch["audio"].shape[1] * 5
+        for row in range(len(batch["audio"])):
+            clip = round(batch["audio"][row, 0] * 32768 / 100) - 1
+            codes = batch["codes"][row, : batch["code_lengths"][row]]
+            linguistic, semantic = dual_codebook.split(codes, 32)
+            assert set(linguistic) == set(semantic) == {clip}
+            assert len(codes) == batch["audio_lengths"][row] // 1920 * 5
+            assert batch["speaker_embedding"][row] == pytest.approx(batch["audio"][row, 0])
+    assert list(dataset.eval_batches())
+    with pytest.raises(UserError, match="speaker embeddings"):
+        audio_reader.FlowBatches(run_dir, None, **_BUCKETS, embeddings_file="none.npz")
+
+
+def test_segments(run_dir):
+    dataset = audio_reader.SegmentBatches(run_dir, segment_seconds=0.6, batch_size=4)
+    for batch in itertools.islice(dataset, 10):
+        assert batch["audio"].shape == (4, 9600)
+        for row, length in zip(batch["audio"], batch["audio_lengths"], strict=True):
+            assert np.all(row[:length] > 0) and np.all(row[length:] == 0)
+    assert len(list(dataset.eval_batches())) == 2
+
+
+def test_roles_and_missing_things(run_dir, tmp_path):
+    only = audio_reader.SegmentBatches(run_dir, roles=("question",))
+    assert len(only._train[1]) == 10
+    with pytest.raises(UserError, match="prepare_data"):
+        audio_reader.SegmentBatches(str(tmp_path))
+    with pytest.raises(UserError, match="no such corpus"):
+        audio_reader.SegmentBatches(run_dir, corpora=("c",))
+    with pytest.raises(UserError, match="no clips"):
+        audio_reader.SegmentBatches(run_dir, roles=("answer",))
