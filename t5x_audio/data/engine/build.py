@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
@@ -142,7 +143,8 @@ class SpokenQuestions:
             work_dir=os.path.dirname(path),
         )
         said = dict(zip(lines, takes, strict=True))
-        audio = [variants.VOICES[clip.speaker](said[clip.spoken]) for clip in batch]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # Fourier transforms mostly
+            audio = list(pool.map(lambda c: variants.VOICES[c.speaker](said[c.spoken]), batch))
         right = check.confirm(audio, [clip.text for clip in batch], recognizer)
         kept = {
             _key(clip): io.to_int16(samples)
