@@ -17,6 +17,7 @@ import difflib
 import errno
 import importlib
 import importlib.util  # gin uses it without importing it. # noqa: F401
+import inspect
 import json
 import logging
 import os
@@ -75,6 +76,7 @@ def launch(
             importlib.import_module("jax").distributed.initialize()
         run = _configured_run(module, flags.gin_file, bindings)
         given = {k: v for k, v in vars(flags).items() if k not in _OWN_FLAGS and v is not None}
+        _refuse_unknown(module, given)
         result = _call(run, given, flags.gin_file)
     except UserError as error:
         return _fail(str(error).split("\n")[0])
@@ -271,6 +273,14 @@ def _check_complete(gin, text: str) -> None:
             hint = _suggestion(unset[1], text)
             raise UserError(f"{unset[1]} has no value{hint}; add --gin.{unset[1]}=...") from error
         raise UserError(f"gin: {message}") from error
+
+
+def _refuse_unknown(module: str, given: dict[str, Any]) -> None:
+    """Refuses a flag, --model_dir, that this job has no use for."""
+    parameters = inspect.signature(importlib.import_module(module).run).parameters
+    for name in given:
+        if name not in parameters:
+            raise UserError(f"--{name}: {module} has no such setting")
 
 
 def _call(run, given: dict[str, Any], files: Sequence[str]):

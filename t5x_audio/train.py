@@ -90,9 +90,10 @@ def run(
             state, iterator_state = restored
             iterator.set_state(iterator_state)
         start = int(state.step)
-        checkpoints.write_configs(directory, learner.model_configs)
-        provenance.write(directory, state)
-        launch.save_operative_config(directory)
+        if jax.process_index() == 0:
+            checkpoints.write_configs(directory, learner.model_configs)
+            provenance.write(directory, state)
+            launch.save_operative_config(directory)
 
         def train_step(state, batch):
             return learner.step(state, batch, jax.random.fold_in(root, state.step))
@@ -151,7 +152,8 @@ def run(
             console.close()
             writer.close()
             saved.close()
-    launch.save_operative_config(directory)
+    if jax.process_index() == 0:
+        launch.save_operative_config(directory)  # Now with what evaluation used.
     return progress.results(directory, steps)
 
 

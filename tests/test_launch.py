@@ -172,6 +172,12 @@ def test_unset_macro_and_unbound_parameter(job, capsys):
     assert capsys.readouterr().err.startswith("error: run needs 'thing'; bind it with --gin_file=")
 
 
+def test_a_flag_the_job_has_no_use_for(job, capsys):
+    add = lambda parser: parser.add_argument("--colour")  # noqa: E731
+    assert job("--gin.STEPS=1", "--colour=red", add_flags=add) == 2
+    assert capsys.readouterr().err == "error: --colour: toyjob has no such setting\n"
+
+
 def test_interruption_and_defects(job, capsys):
     assert job("--gin.STEPS=1", "--gin.toyjob.run.fail=stop") == 130
     expected = "interrupted: saved at step 7; start again to continue\n"

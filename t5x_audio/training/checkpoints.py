@@ -308,9 +308,6 @@ class RunCheckpoints:
         step = int(state.step)
         if step == self._manager.latest_step():
             return
-        if jax.default_backend() == "cpu":
-            # On CPU, arrays reach the writing thread without a copy: donation would change them.
-            state = jax.tree.map(jnp.copy, state)
         items = {n: _model_item(state.params[n], state.variables[n]) for n in self._model_names}
         items[_TRAINING] = ocp.args.PyTreeSave(named_arrays(self._training_part(state)))
         items[_ITERATOR] = ocp.args.JsonSave({"state": _encode_iterator(iterator_state)})

@@ -39,7 +39,7 @@ def first_bad(metrics: list[Metrics]) -> tuple[int, str] | None:
 
 
 class MetricWriter:
-    """Appends to <directory>/metrics.jsonl and to event files per split.
+    """Appends to <directory>/metrics.jsonl and to event files per split, on the first host only.
 
     Args:
       directory: exists already.
@@ -51,6 +51,9 @@ class MetricWriter:
         self._path = self._directory / "metrics.jsonl"
         self._from_step = from_step
         self._events: dict[str, _EventFile] = {}
+        self._lines = None
+        if jax.process_index() != 0:
+            return
         if self._path.exists():
             kept = [line for line in read_metrics(directory) if line["step"] <= from_step]
             temporary = self._path.with_suffix(".jsonl.tmp")
@@ -60,6 +63,8 @@ class MetricWriter:
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """One line and one point on every curve of `split` ('train', 'validation')."""
+        if self._lines is None:
+            return
         self._lines.write(json.dumps({"step": step, "split": split} | values) + "\n")
         self._lines.flush()
         if split not in self._events:
@@ -68,7 +73,8 @@ class MetricWriter:
 
     def close(self) -> None:
         """Closes the files."""
-        self._lines.close()
+        if self._lines is not None:
+            self._lines.close()
         for events in self._events.values():
             events.close()
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import os
 
@@ -115,10 +116,16 @@ def test_damage_is_one_line(tmp_path, damage):
     assert str(model_dir) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def make_state(kind=learner.GradientLearner, objective=square_loss, seed=0):
-    toy = kind(model=ToyConfig(), objective=objective, optimizer=Sgd())
-    state = jax.jit(toy.init)(jax.random.key(seed))
-    state, _ = jax.jit(toy.step)(state, BATCH, jax.random.key(1))
+@functools.cache
+def compiled():
+    toy = learner.GradientLearner(model=ToyConfig(), objective=square_loss, optimizer=Sgd())
+    return toy, jax.jit(toy.init), jax.jit(toy.step), jax.jit(toy.step, donate_argnums=0)
+
+
+def make_state(seed=0):
+    """After one step: moments and statistics aren't zero."""
+    toy, init, step, _ = compiled()
+    state, _ = step(init(jax.random.key(seed)), BATCH, jax.random.key(1))
     return toy, state
 
 
@@ -148,7 +155,7 @@ def test_run_checkpoint_restores_everything_and_loads_as_a_model(tmp_path):
 
 def test_a_donated_state_does_not_change_the_checkpoint(tmp_path):
     toy, state = make_state()
-    step = jax.jit(toy.step, donate_argnums=0)
+    step = compiled()[3]
     run = checkpoints.RunCheckpoints(tmp_path, toy.model_configs)
     expected = jax.tree.map(jnp.copy, state)
     run.save(state)
@@ -163,7 +170,7 @@ def test_half_written_is_ignored_and_damaged_falls_back(tmp_path):
     toy, state = make_state()
     run = checkpoints.RunCheckpoints(tmp_path, toy.model_configs)
     run.save(state)
-    later, _ = jax.jit(toy.step)(state, BATCH, jax.random.key(2))
+    later, _ = compiled()[2](state, BATCH, jax.random.key(2))
     run.save(later)
     run.wait()
     run.close()

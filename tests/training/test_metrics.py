@@ -1,10 +1,11 @@
 import json
+import struct
 
 import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tensorboard.backend.event_processing import event_file_loader
+from tensorboard.compat.proto import event_pb2
 
 from t5x_audio.training import learner, metrics, progress
 
@@ -51,16 +52,24 @@ def test_restart_drops_later_lines_and_a_line_cut_short(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
-def test_tensorboard_reads_the_curves(tmp_path):
+def records(data):
+    """The records of a TensorBoard file: length, checksum of it, bytes, checksum of them."""
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        record, data = data[12 : 12 + length], data[16 + length :]
+        yield record
+
+
+def test_event_files_hold_the_curves(tmp_path):
     writer = metrics.MetricWriter(tmp_path)
     writer.write(1, "train", {"loss": 0.5, "rate": 3.0})
     writer.write(2, "train", {"loss": 0.25})
     writer.close()
     (path,) = (tmp_path / "events" / "train").iterdir()
-    events = list(event_file_loader.EventFileLoader(str(path)).Load())
+    events = [event_pb2.Event.FromString(record) for record in records(path.read_bytes())]
     assert events[0].file_version == "brain.Event:2"
     points = [
-        (event.step, value.tag, value.tensor.float_val[0] if value.tensor.float_val else None)
+        (event.step, value.tag, value.simple_value)
         for event in events
         for value in event.summary.value
     ]

@@ -6,6 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from t5x_audio.training import learner
@@ -44,6 +45,33 @@ class Mlp(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
+class BigramConfig:
+    """The smallest model: a table of logits. Quick to compile."""
+
+    vocab: int = 12
+
+    def make(self, rngs):
+        return Bigram(self)
+
+
+class Bigram(nnx.Module):
+    def __init__(self, c):
+        self.table = nnx.Param(jnp.zeros((c.vocab, c.vocab)), logical_axes=("vocab", None))
+
+    def __call__(self, tokens, rng):
+        return self.table[...][tokens]
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent:
+    def make(self, params):
+        return optax.sgd(0.1)
+
+    def learning_rate(self, step):
+        return 0.1
+
+
+@dataclasses.dataclass(frozen=True)
 class NextToken:
     """Cross-entropy; `poison_at` is a token that makes the loss NaN."""
 
@@ -72,7 +100,7 @@ class Counting:
         if self.data.length is not None and self.position >= self.data.length:
             raise StopIteration
         rng = np.random.default_rng(self.position)
-        tokens = rng.integers(0, 10, (8, 6 if self.position % 2 else 4)).astype(np.int32)
+        tokens = rng.integers(0, 10, (8, self.data.lengths[self.position % 2])).astype(np.int32)
         self.position += 1
         if self.position == self.data.poison_at:
             tokens[0, 0] = 11
@@ -91,6 +119,7 @@ class Data:
     length: int | None = None
     delay: float = 0.0
     poison_at: int = -1
+    lengths: tuple[int, int] = (4, 6)
 
     def __iter__(self):
         return Counting(self)
