@@ -13,8 +13,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from t5x_audio.errors import UserError
-
 SUMMARY_FILE = "codebook.json"
 CHUNK_CLIPS = 512  # read and encoded at a time
 
@@ -23,7 +21,7 @@ def run(
     *,
     model_dir: str,
     run_dir: str,
-    corpora: Sequence[str] = ("asterisk", "spoken_qa"),
+    corpora: Sequence[str] | None = None,
     max_frames: int = 2_000_000,
     batch_frames: int = 65_536,
     num_epochs: int = 10,
@@ -34,22 +32,23 @@ def run(
     Args:
       model_dir: where the tokenizer is written.
       run_dir: its linguistic/ and corpus/<name>/ are read.
-      corpora: names of corpora; absent ones are passed over.
+      corpora: names of corpora; None = all.
       max_frames: encoder frames (60 ms each) to cluster, held in memory.
       batch_frames: of a mini-batch; the first also seeds the centres.
       num_epochs: passes over the frames.
       seed: of the choice of clips and of the clustering.
 
     Returns:
-      Figures of the last pass. UserError when the encoder or every corpus is missing.
+      Figures of the last pass. UserError when the encoder or a corpus is missing.
     """
     from t5x_audio import launch
+    from t5x_audio.data import audio_reader
     from t5x_audio.tokenizers import kmeans
     from t5x_audio.training import checkpoints
 
     model = checkpoints.load_model(os.path.join(run_dir, "linguistic"))
-    directories = corpus_directories(run_dir, corpora)
-    settings = [list(corpora), max_frames, batch_frames, num_epochs, seed]
+    directories = audio_reader.corpora_of(run_dir, corpora)
+    settings = [directories, max_frames, batch_frames, num_epochs, seed]
     made_from = {"encoder": fingerprint(model), "settings": settings}
     summary = _read_summary(model_dir)
     if summary and summary["made_from"] == made_from:
@@ -75,15 +74,6 @@ def run(
     }
     _write_summary(model_dir, {"made_from": made_from, "figures": figures})
     return {"model_dir": model_dir, **figures}
-
-
-def corpus_directories(run_dir: str, corpora: Sequence[str]) -> list[str]:
-    """The directories of those corpora of a run that exist. UserError when none does."""
-    paths = [os.path.join(run_dir, "corpus", name) for name in corpora]
-    existing = [path for path in paths if os.path.isdir(path)]
-    if not existing:
-        raise UserError(f"{run_dir}/corpus: holds none of {', '.join(corpora)}; run prepare_data")
-    return existing
 
 
 def fingerprint(*modules) -> str:

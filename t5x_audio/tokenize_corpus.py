@@ -28,7 +28,7 @@ def run(
     *,
     model_dir: str,
     run_dir: str,
-    corpora: Sequence[str] = ("asterisk", "spoken_qa"),
+    corpora: Sequence[str] | None = None,
     num_shards: int = 1,
     max_seconds: float = 3600.0,
 ) -> dict:
@@ -37,18 +37,19 @@ def run(
     Args:
       model_dir: where the token corpora go, one directory a corpus.
       run_dir: its linguistic_tokenizer/, semantic/ and corpus/<name>/ are read.
-      corpora: names of corpora; absent ones are passed over.
+      corpora: names of corpora; None = all.
       num_shards: files a split.
       max_seconds: longer clips are put in quarantine.
 
     Returns:
-      Figures for the closing line. UserError when a tokenizer or every corpus is missing.
+      Figures for the closing line. UserError when a tokenizer or a corpus is missing.
     """
     from t5x_audio import launch
+    from t5x_audio.data import audio_reader
     from t5x_audio.tokenizers import dual_codebook
     from t5x_audio.training import checkpoints
 
-    sources = fit_codebook.corpus_directories(run_dir, corpora)
+    sources = audio_reader.corpora_of(run_dir, corpora)
     linguistic = checkpoints.load_model(os.path.join(run_dir, "linguistic_tokenizer"))
     semantic = checkpoints.load_model(os.path.join(run_dir, "semantic"))
     tokenizer = dual_codebook.DualCodebookTokenizer(linguistic, semantic)
@@ -103,6 +104,8 @@ class _CorpusJob:
 
     def _made_from(self) -> dict:
         """What the tokens depend on, so that a change of it is seen."""
+        if not os.path.isdir(self.source):
+            raise UserError(f"{self.source}: no such corpus; run prepare_data first")
         files = [os.path.join(self.source, name) for name in sorted(os.listdir(self.source))]
         sizes = {os.path.basename(f): os.path.getsize(f) for f in files if ".array_record" in f}
         return {"tokenizers": self.fingerprint, "shards": self.num_shards, "corpus": sizes}

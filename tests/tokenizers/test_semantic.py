@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from t5x_audio.tokenizers import whisper
+from t5x_audio.tokenizers import vector_quantizer, whisper
 from t5x_audio.tokenizers.semantic import SemanticTokenizerConfig
 
 CONFIG = SemanticTokenizerConfig(
@@ -16,8 +16,10 @@ CONFIG = SemanticTokenizerConfig(
 def model():
     model = CONFIG.make(nnx.Rngs(0))
     # An untrained encoder says much the same everywhere: codes drawn from it tell frames apart.
-    hidden, _ = model.hidden(*model.features(audio(16000), jnp.array([16000])))
-    model.quantizer(hidden, jnp.ones((1, 25), bool), jax.random.key(0), train=True)
+    hidden, _ = jax.jit(lambda x, n: model.hidden(*model.features(x, n)))(
+        audio(16000), jnp.array([16000])
+    )
+    model.quantizer.codes[...] = vector_quantizer.normalize(hidden[0, :16])
     return model
 
 
@@ -25,7 +27,7 @@ def audio(length):
     return np.random.default_rng(0).normal(size=(1, length)).astype(np.float32) * 0.1
 
 
-@pytest.mark.parametrize("length", [16000, 16159, 15900])
+@pytest.mark.parametrize("length", [16159, 15900])
 def test_codes_come_every_40_ms_and_ignore_padding(model, length):
     encode = jax.jit(lambda x, n: model.encode(x, n))
     x = audio(length)

@@ -1,0 +1,131 @@
+"""fit_codebook and tokenize_corpus, from a small corpus on disk to its codes."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from t5x_audio import fit_codebook, tokenize_corpus
+from t5x_audio.data import corpus, records
+from t5x_audio.errors import UserError
+from t5x_audio.tokenizers import dual_codebook
+from t5x_audio.tokenizers.linguistic import LinguisticTokenizerConfig
+from t5x_audio.tokenizers.sanm import SanmConfig
+from t5x_audio.tokenizers.semantic import SemanticTokenizerConfig
+from t5x_audio.training import checkpoints
+
+LENGTHS = {"train": (9000, 15999, 12345, 14000, 1000, 16000), "test": (12000, 0)}
+
+
+def clips(split):
+    generator = np.random.default_rng(len(split))
+    for i, length in enumerate(LENGTHS[split]):
+        # A length of 0 stands for a silent second.
+        audio = (generator.normal(size=length or 16000) * (3000 if length else 0)).astype(np.int16)
+        yield corpus.Clip(f"{split}{i}", audio, f"words {i}", "joe", category="test")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("run"))
+    corpus.write_corpus(f"{path}/corpus/speech", {split: clips(split) for split in LENGTHS})
+    linguistic = LinguisticTokenizerConfig(
+        SanmConfig(num_layers=1, width=8, num_heads=2, mlp_dim=8), codebook_size=6, text_size=0
+    )
+    semantic = SemanticTokenizerConfig(
+        8, 2, 8, 1, codebook_size=7, num_supervision_layers=0, text_size=0
+    )
+    for name, config in {"linguistic": linguistic, "semantic": semantic}.items():
+        model = config.make(nnx.Rngs(0))
+        checkpoints.save_model(f"{path}/{name}", {"model": config}, {"model": model})
+    return path
+
+
+@pytest.fixture(scope="module")
+def codebook(run_dir):
+    settings = {"run_dir": run_dir, "model_dir": f"{run_dir}/linguistic_tokenizer"}
+    return fit_codebook.run(**settings, batch_frames=30, num_epochs=3), settings
+
+
+def test_the_codebook_is_fitted_and_saved(codebook, run_dir):
+    figures, settings = codebook
+    assert figures["codes"] == 6 and figures["usage"] == 1.0
+    assert 0.1 < figures["variance_explained"] < 1.0
+    saved = checkpoints.load_model(settings["model_dir"])
+    assert len(np.unique(saved.codebook[...], axis=0)) == 6
+    again = fit_codebook.run(**settings, batch_frames=30, num_epochs=3)
+    assert again["already_there"] and again["usage"] == 1.0
+
+
+def tokenize(run_dir, target, **settings):
+    return tokenize_corpus.run(model_dir=f"{run_dir}/{target}", run_dir=run_dir, **settings)
+
+
+@pytest.fixture(scope="module")
+def tokens(codebook, run_dir):
+    return tokenize(run_dir, "tokens", num_shards=2)
+
+
+def test_records_have_the_codes_and_the_fields_of_the_clips(tokens, run_dir):
+    assert tokens["clips"] == 6 and tokens["quarantined"] == 2
+    made = {r["id"]: r for r in records.open_records(f"{run_dir}/tokens/speech", "train")}
+    assert set(made) == {"train0", "train1", "train2", "train3", "train5"}
+    tokenizer = dual_codebook.DualCodebookTokenizer(
+        checkpoints.load_model(f"{run_dir}/linguistic_tokenizer"),
+        checkpoints.load_model(f"{run_dir}/semantic"),
+    )
+    for clip in clips("train"):
+        if clip.id not in made:
+            continue
+        record = made[clip.id]
+        linguistic, semantic = tokenizer.encode_batch([clip.samples])[0]
+        np.testing.assert_array_equal(record.pop("linguistic"), linguistic)
+        np.testing.assert_array_equal(record.pop("semantic"), semantic)
+        fields = clip.to_record()
+        del fields["audio"]
+        assert record == fields
+
+
+def test_rejected_clips_are_listed_with_the_reason(tokens, run_dir):
+    with open(f"{run_dir}/tokens/speech/quarantine.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    assert [(row["split"], row["record"]) for row in rows] == [("train", 4), ("test", 1)]
+    assert "too short" in rows[0]["reason"] and "silent" in rows[1]["reason"]
+
+
+def contents(directory):
+    names = sorted(name for name in os.listdir(directory) if name.endswith(".array_record"))
+    return {name: open(os.path.join(directory, name), "rb").read() for name in names}
+
+
+def test_an_interrupted_job_keeps_its_finished_shards(tokens, run_dir, monkeypatch):
+    original, calls = tokenize_corpus._CorpusJob._tokenize, []
+
+    def counted(self, reader, indices):
+        calls.append(list(indices))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, reader, indices)
+
+    monkeypatch.setattr(tokenize_corpus._CorpusJob, "_tokenize", counted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(run_dir, "resumed", num_shards=2)
+    assert not contents(f"{run_dir}/resumed/speech")
+    again = tokenize(run_dir, "resumed", num_shards=2)
+    assert calls == [[0, 2, 4], [1, 3, 5], [1, 3, 5], [0], [1]]
+    assert {k: again[k] for k in ("clips", "hours")} == {k: tokens[k] for k in ("clips", "hours")}
+    assert contents(f"{run_dir}/resumed/speech") == contents(f"{run_dir}/tokens/speech")
+    assert sorted(os.listdir(f"{run_dir}/resumed/speech")) == sorted(
+        os.listdir(f"{run_dir}/tokens/speech")
+    )
+    tokenize(run_dir, "resumed", num_shards=2)
+    assert len(calls) == 5  # Finished: nothing was done again.
+
+
+def test_what_is_missing_is_named(run_dir, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        tokenize(run_dir, "none", corpora=["nowhere"])
+    with pytest.raises(UserError, match=str(tmp_path)):
+        fit_codebook.run(model_dir=f"{tmp_path}/out", run_dir=str(tmp_path))
