@@ -72,6 +72,7 @@ def run(
     directory = progress.run_directory(model_dir, run_dir, name)
     saved = checkpoints.RunCheckpoints(directory, learner.model_configs, keep, keep_every)
     if (saved.latest_step() or 0) >= steps:
+        checkpoints.require_same_configs(directory, learner.model_configs)
         print(f"{directory}: finished already, at step {saved.latest_step()}", file=sys.stderr)
         return progress.results(directory, saved.latest_step())
     mesh = (mesh or partitioning.MeshShape()).make()
@@ -125,8 +126,8 @@ def run(
                     jax.block_until_ready(metrics)
                     console.restart_clock()  # Compilation isn't part of the rate.
 
-                last = step == steps or signals.stop
-                save = last or step % save_every == 0
+                stop = signals.stop  # Read once: a signal may come at any point below.
+                save = stop or step == steps or step % save_every == 0
                 if save or step % log_every == 0:
                     unlogged = jax.device_get(unlogged)
                     progress.refuse_nonfinite(directory, step, unlogged, saved)
@@ -145,7 +146,7 @@ def run(
                 if save:
                     with console.paused():
                         saved.save(state, iterator_state)
-                if signals.stop:
+                if stop and step < steps:
                     raise KeyboardInterrupt(f"{directory} saved at step {step} of {steps}")
         finally:
             batches.close()

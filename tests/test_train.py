@@ -73,11 +73,16 @@ def test_a_run_learns_and_leaves_what_it_promises(uninterrupted):
 def test_a_finished_run_says_so(uninterrupted, capsys):
     folder, result = uninterrupted
     before = (folder / "metrics.jsonl").read_bytes()
-    again = train.run(
-        learner=small_learner(), dataset=toy_run.Data(), steps=60, model_dir=str(folder)
-    )
+
+    def run(config):
+        same = learner.GradientLearner(config, toy_run.NextToken(), toy_run.Descent())
+        return train.run(learner=same, dataset=toy_run.Data(), steps=60, model_dir=str(folder))
+
+    again = run(toy_run.MlpConfig())
     assert again == result and "finished already, at step 60" in capsys.readouterr().err
     assert (folder / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match="holds a model with model.mlp=16, not 32; give"):
+        run(toy_run.MlpConfig(mlp=32))
 
 
 def wait_for_step(folder, step, process):

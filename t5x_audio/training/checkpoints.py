@@ -18,6 +18,7 @@ continuation but not read back into a loaded model.
 import base64
 import dataclasses
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -100,6 +101,24 @@ def load_config(directory: str | os.PathLike, name: str = "model") -> Any:
     if name not in configs:
         raise UserError(f"{directory}: has no model {name!r}, only {', '.join(sorted(configs))}")
     return configs[name]
+
+
+def require_same_configs(directory: str | os.PathLike, configs: dict[str, Any]) -> None:
+    """UserError naming the first field in which a directory's models differ from `configs`."""
+
+    def fields(configs):
+        encoded = {name: encode_config(config) for name, config in configs.items()}
+        return jax.tree.leaves_with_path(encoded, is_leaf=lambda value: value is None)
+
+    stored, given = fields(load_configs(directory)), fields(configs)
+    for (path, there), (other, here) in itertools.zip_longest(stored, given, fillvalue=((), None)):
+        if path != other or there != here:
+            name = jax.tree_util.keystr(path or other, simple=True, separator=".")
+            name = name.replace(".fields.", ".")
+            raise UserError(
+                f"{directory}: holds a model with {name}={there}, not {here}; "
+                "give the settings it was made with or another --model_dir"
+            )
 
 
 # ---- arrays by name ------------------------------------------------------------------------
