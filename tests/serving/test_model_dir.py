@@ -1,0 +1,76 @@
+import shutil
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from t5x_audio.backbone.transformer import TransformerConfig
+from t5x_audio.errors import UserError
+from t5x_audio.serving.model_dir import PARTS, RunDirectory
+from t5x_audio.serving.voice import answer_voice
+from t5x_audio.training import checkpoints
+
+
+@pytest.fixture
+def copy(run_dir, tmp_path):
+    """A run directory that a test may change."""
+    return shutil.copytree(run_dir, tmp_path / "run")
+
+
+def test_whole_run_passes(run_dir):
+    vocabulary = RunDirectory(run_dir).check()
+    assert vocabulary.linguistic_size == 16
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(UserError, match="no such run directory"):
+        RunDirectory(tmp_path / "nothing").check()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_missing_part_names_its_stage(copy, part):
+    shutil.rmtree(copy / part)
+    with pytest.raises(UserError, match=f"has no {part}/; run its stage {PARTS[part]}"):
+        RunDirectory(copy).check()
+
+
+def test_backbone_of_another_size(copy):
+    shutil.rmtree(copy / "merged")
+    config = TransformerConfig(
+        num_layers=1, embed=16, mlp=16, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=64
+    )
+    checkpoints.save_model(copy / "merged", {"model": config}, {"model": config.make(nnx.Rngs(0))})
+    with pytest.raises(UserError, match="merged: vocab_size is 64 but the vocabulary .* needs 208"):
+        RunDirectory(copy).check()
+
+
+def test_fingerprint_follows_the_weights(run_dir, copy):
+    before = RunDirectory(run_dir).fingerprint()
+    assert RunDirectory(copy).fingerprint() == before
+    model = checkpoints.load_model(copy / "merged")
+    checkpoints.save_model(copy / "merged", {"model": model.config}, {"model": model})
+    assert RunDirectory(copy).fingerprint() != before
+
+
+def test_voice_is_the_answers_mean_and_is_kept(copy):
+    root = RunDirectory(copy)
+    voice = answer_voice(root)
+    with np.load(root.speaker_embeddings) as archive:
+        answers = [i for i, key in enumerate(archive["keys"]) if "-answer-" in key]
+        mean = archive["embeddings"][answers].mean(0)
+    np.testing.assert_allclose(voice, mean / np.linalg.norm(mean), rtol=1e-5)
+    shutil.rmtree(copy / "tokens")
+    np.testing.assert_array_equal(answer_voice(root), voice)
+
+
+def test_voice_that_cannot_be_made(copy):
+    (copy / "tokens" / "speaker_embeddings.npz").unlink()
+    with pytest.raises(UserError, match="run the stage train_flow"):
+        answer_voice(RunDirectory(copy))
+
+
+def test_damaged_voice(copy):
+    root = RunDirectory(copy)
+    root.speaker_embedding.write_bytes(b"not an archive")
+    with pytest.raises(UserError, match="speaker_embedding.npz: is damaged"):
+        answer_voice(root)
