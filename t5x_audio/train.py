@@ -9,6 +9,7 @@ for bit, what an uninterrupted one does. Checkpoints hold state and iterator and
 the background; SIGINT and SIGTERM write one first. Metrics stay on the device until logged.
 """
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -69,19 +70,18 @@ def run(
     from t5x_audio.training import checkpoints, partitioning, prefetch, progress, provenance
     from t5x_audio.training.metrics import MetricWriter, summarize
 
-    directory = progress.run_directory(model_dir, run_dir, name)
-    saved = checkpoints.RunCheckpoints(directory, learner.model_configs, keep, keep_every)
-    if (saved.latest_step() or 0) >= steps:
-        checkpoints.require_same_configs(directory, learner.model_configs)
-        print(f"{directory}: finished already, at step {saved.latest_step()}", file=sys.stderr)
-        return progress.results(directory, saved.latest_step())
     mesh = (mesh or partitioning.MeshShape()).make()
     rules = rules or partitioning.ShardingRules()
-    root = jax.random.key(seed)
-    iterator = iter(dataset)
+    directory = progress.run_directory(model_dir, run_dir, name)
+    saving = checkpoints.RunCheckpoints(directory, learner.model_configs, keep, keep_every)
+    with contextlib.closing(saving) as saved, jax.set_mesh(mesh), progress.StopSignals() as signals:
+        if (saved.latest_step() or 0) >= steps:
+            checkpoints.require_same_configs(directory, learner.model_configs)
+            print(f"{directory}: finished already, at step {saved.latest_step()}", file=sys.stderr)
+            return progress.results(directory, saved.latest_step())
 
-    with jax.set_mesh(mesh), progress.StopSignals() as signals:
         # The state: as it was saved, or fresh.
+        root, iterator = jax.random.key(seed), iter(dataset)
         abstract = jax.eval_shape(learner.init, root)
         shardings = rules.shardings(abstract, mesh)
         restored = saved.restore(partitioning.with_shardings(abstract, shardings))
@@ -152,7 +152,6 @@ def run(
             batches.close()
             console.close()
             writer.close()
-            saved.close()
     if jax.process_index() == 0:
         launch.save_operative_config(directory)  # Now with what evaluation used.
     return progress.results(directory, steps)
