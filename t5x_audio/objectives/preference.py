@@ -2,9 +2,9 @@
 
 Step-Audio-AQAA (arXiv 2506.08967), equation 2: DPO (arXiv 2305.18290) with an indicator that drops
 every audio token, because unmasked DPO made text and speech diverge. With
-r(y) = sum_t w_t (log pi(y_t | .) - log pi_ref(y_t | .)), where the weights w of the batch are zero on
-audio and on the prompt, the loss is -log sigmoid(beta (r(chosen) - r(rejected))). Audio tokens stay
-in the context of the text that follows them.
+r(y) = sum_t w_t (log pi(y_t | .) - log pi_ref(y_t | .)), where the weights w of the batch are zero
+on audio and on the prompt, the loss is -log sigmoid(beta (r(chosen) - r(rejected))). Audio tokens
+stay in the context of the text that follows them.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class MaskedDpo:
     weights float32[B, S], segment_ids and positions int32[B, S].
 
     Attributes:
-      beta: how far the policy may leave the reference; small is far. The published value is unknown.
+      beta: how closely the policy is held to the reference; the published value is unknown.
     """
 
     beta: float = 0.1
