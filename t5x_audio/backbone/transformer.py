@@ -1,0 +1,317 @@
+"""Step-1: the pre-norm decoder of Step-Audio, one class for every size.
+
+h += Attention(RMS(h)); h += SwiGLU(RMS(h)); a final RMS; an untied head. No biases, no dropout, no rotary or
+learned positions: the only position signal is square-root ALiBi. Sizes: config.json of stepfun-ai/Step-Audio-Chat
+(the defaults here) and Step-Audio-TTS-3B; equations: modeling_step1.py there and vLLM's step1.py.
+
+Choices:
+- Query, key, value, gate and up are products of their own: joint ones were no faster, and their gradients have to be
+  put together again in memory.
+- Layers are stacked on a leading axis and scanned; `unstack_layers` takes them apart for decoding, where slicing
+  the stack would copy every weight at every token.
+- One code path: training, prefill and one-token steps differ only in the cache they pass. Keys are masked by segment
+  and position, so packed rows, padding and the unused tail of a cache need no case of their own.
+- Outputs into the residual stream start smaller by sqrt(2 num_layers) (GPT-2); the published start is unknown.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5x_audio.backbone.alibi import alibi_slopes
+from t5x_audio.backbone.attention import attention
+from t5x_audio.backbone.feed_forward import dense, swiglu
+from t5x_audio.errors import UserError
+
+REMAT_POLICIES = {
+    "none": None,  # keep every activation
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each layer only
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of Step-1; the defaults are the 130B's.
+
+    Attributes:
+      num_layers, embed, mlp: depth, width and inner width of the feed-forward.
+      num_heads, num_kv_heads, head_dim: grouped-query attention; heads of a group are contiguous.
+      vocab_size: rows of the embedding and columns of the head.
+      rms_eps: added to the mean square.
+      alibi_slopes: one per head; None takes the slope rule.
+      init_std: standard deviation of every initial matrix.
+      dtype: type of activations and matrix products, 'float32' or 'bfloat16'.
+      remat: which activations the backward pass keeps, a name in REMAT_POLICIES.
+      scan_unroll: layers per iteration of the compiled loop; all of them is fastest for a small
+        model, 1 compiles fastest for a deep one.
+      attention_block: queries that meet their keys at once.
+    """
+
+    num_layers: int = 88
+    embed: int = 12288
+    mlp: int = 31232
+    num_heads: int = 96
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    vocab_size: int = 74752
+    rms_eps: float = 1e-5
+    alibi_slopes: tuple[float, ...] | None = None
+    init_std: float = 0.02
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    scan_unroll: int = 1
+    attention_block: int = 128
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"TransformerConfig: num_heads={self.num_heads} is no multiple of "
+                f"num_kv_heads={self.num_kv_heads}; change one of them"
+            )
+        if self.remat not in REMAT_POLICIES:
+            names = ", ".join(REMAT_POLICIES)
+            raise UserError(f"TransformerConfig: remat={self.remat!r} is none of {names}")
+        if self.alibi_slopes is not None and len(self.alibi_slopes) != self.num_heads:
+            raise UserError(
+                f"TransformerConfig: {len(self.alibi_slopes)} alibi_slopes for "
+                f"{self.num_heads} heads; give one per head"
+            )
+
+    @property
+    def slopes(self) -> tuple[float, ...]:
+        """The ALiBi slope of each head."""
+        return tuple(self.alibi_slopes or alibi_slopes(self.num_heads))
+
+    def make(self, rngs: nnx.Rngs) -> "Transformer":
+        """Builds the model with fresh weights."""
+        return Transformer(self, rngs)
+
+
+@flax.struct.dataclass
+class KVCache:
+    """What a decoder remembers of T slots of B rows.
+
+    Slots are filled from the left, all rows alike: a row of fewer tokens has padding (segment 0)
+    among its slots. Per layer and stacked [layers, ...] or a tuple over layers, as the model is.
+
+    Attributes:
+      keys, values: [B, kv_heads, T, head_dim] of every layer, in the compute type.
+      positions, segment_ids: int32[B, T].
+      length: int32 [], slots filled.
+    """
+
+    keys: Any
+    values: Any
+    positions: jax.Array
+    segment_ids: jax.Array
+    length: jax.Array
+
+
+def _param(rngs, shape, axes, std):
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), logical_axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale; the statistics in float32."""
+
+    def __init__(self, dim: int, eps: float, axes: tuple):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), logical_axes=axes)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., dim] -> the same."""
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class Layer(nnx.Module):
+    """One decoder layer; `layers` prefixes the logical axes when layers are stacked."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, layers: tuple = ()):
+        self.config = config
+        embed, mlp, head_dim = config.embed, config.mlp, config.head_dim
+        groups = config.num_kv_heads
+        std, out_std = config.init_std, config.init_std * (2 * config.num_layers) ** -0.5
+        self.attention_norm = RMSNorm(embed, config.rms_eps, (*layers, "embed"))
+        self.mlp_norm = RMSNorm(embed, config.rms_eps, (*layers, "embed"))
+        into_groups = (*layers, "embed", "kv_heads", "head_dim")
+        self.query = _param(
+            rngs, (embed, config.num_heads, head_dim), (*layers, "embed", "heads", "head_dim"), std
+        )
+        self.key = _param(rngs, (embed, groups, head_dim), into_groups, std)
+        self.value = _param(rngs, (embed, groups, head_dim), into_groups, std)
+        self.out = _param(
+            rngs, (config.num_heads, head_dim, embed), (*layers, "heads", "head_dim", "embed"), out_std
+        )
+        self.gate = _param(rngs, (embed, mlp), (*layers, "embed", "mlp"), std)
+        self.up = _param(rngs, (embed, mlp), (*layers, "embed", "mlp"), std)
+        self.down = _param(rngs, (mlp, embed), (*layers, "mlp", "embed"), out_std)
+
+    def __call__(self, x, place, cache=None):
+        """One layer.
+
+        Args:
+          x: [B, S, embed].
+          place: (positions, segment ids) int32[B, S] of the tokens.
+          cache: None, or (keys, values, first slot, (positions, segment ids) of all slots).
+
+        Returns:
+          ([B, S, embed], updated (keys, values) or None).
+        """
+        attended, kept = self._attend(self.attention_norm(x), place, cache)
+        x = x + attended
+        normed = self.mlp_norm(x)
+        inner = swiglu(dense(normed, self.gate[...]), dense(normed, self.up[...]))
+        return x + dense(inner, self.down[...]), kept
+
+    def _attend(self, x, place, cache):
+        config = self.config
+        batch, length, _ = x.shape
+        query, key, value = (
+            dense(x, kernel[...].reshape(config.embed, -1))
+            .reshape(batch, length, -1, config.head_dim)
+            .swapaxes(1, 2)
+            for kernel in (self.query, self.key, self.value)
+        )
+        query = query.reshape(batch, config.num_kv_heads, -1, length, config.head_dim)
+        kept, key_place = None, place
+        if cache is not None:
+            keys, values, slot, key_place = cache
+            key = jax.lax.dynamic_update_slice(keys, key, (0, 0, slot, 0))
+            value = jax.lax.dynamic_update_slice(values, value, (0, 0, slot, 0))
+            kept = (key, value)
+        mixed = attention(
+            query,
+            key,
+            value,
+            place,
+            key_place,
+            slopes=config.slopes,
+            block_size=config.attention_block,
+            same_tokens=cache is None,
+        )
+        mixed = mixed.reshape(batch, config.num_heads, length, -1).swapaxes(1, 2)
+        out = self.out[...].reshape(-1, config.embed)
+        return dense(mixed.reshape(batch, length, -1), out), kept
+
+
+class Transformer(nnx.Module):
+    """Token ids in, logits out."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        """Builds the model with its layers stacked on axis 0."""
+        self.config = config
+        vocab, embed, std = config.vocab_size, config.embed, config.init_std
+        self.embedding = _param(rngs, (vocab, embed), ("vocab", "embed"), std)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stack(layer_rngs):
+            return Layer(config, layer_rngs, layers=("layers",))
+
+        self.layers = stack(rngs)
+        self.final_norm = RMSNorm(embed, config.rms_eps, ("embed",))
+        self.head = _param(rngs, (embed, vocab), ("embed", "vocab"), std)
+
+    def __call__(self, tokens, *, positions=None, segment_ids=None, cache=None):
+        """Logits of the token after each.
+
+        Args:
+          tokens: int32[B, S].
+          positions: int32[B, S] counted inside each segment; by default 0, 1, ... (behind the
+            cache's filled slots).
+          segment_ids: int32[B, S], 0 = padding; by default all 1.
+          cache: of `init_cache`; the tokens are written to its next S slots.
+
+        Returns:
+          float32[B, S, vocab_size]; with a cache, (logits, the updated cache).
+        """
+        hidden, cache = self.hidden(tokens, positions, segment_ids, cache)
+        logits = self.logits(hidden)
+        return logits if cache is None else (logits, cache)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., embed] of `hidden` -> float32[..., vocab_size]."""
+        kernel = self.head[...].astype(hidden.dtype)
+        return jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+    def hidden(self, tokens, positions=None, segment_ids=None, cache=None):
+        """As `__call__`, but returns ([B, S, embed] before the head, cache or None)."""
+        start = 0 if cache is None else cache.length
+        if positions is None:
+            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        x = self.embedding[...][tokens].astype(jnp.dtype(self.config.dtype))
+        if cache is not None:
+            cache = cache.replace(
+                positions=jax.lax.dynamic_update_slice(cache.positions, positions, (0, start)),
+                segment_ids=jax.lax.dynamic_update_slice(
+                    cache.segment_ids, segment_ids, (0, start)
+                ),
+                length=cache.length + tokens.shape[1],
+            )
+        run = self._scan if isinstance(self.layers, Layer) else self._loop
+        x, cache = run(x, (positions, segment_ids), start, cache)
+        return self.final_norm(x), cache
+
+    def _scan(self, x, place, start, cache):
+        """All layers by one compiled body over their stack."""
+        graphdef, state = nnx.split(self.layers)
+
+        def body(x, inputs):
+            state, kept = inputs
+            if kept is not None:
+                kept = (*kept, start, (cache.positions, cache.segment_ids))
+            return nnx.merge(graphdef, state)(x, place, kept)
+
+        if self.config.remat != "none" and cache is None:
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat])
+        kept = None if cache is None else (cache.keys, cache.values)
+        x, kept = jax.lax.scan(body, x, (state, kept), unroll=self.config.scan_unroll)
+        return x, cache if cache is None else cache.replace(keys=kept[0], values=kept[1])
+
+    def _loop(self, x, place, start, cache):
+        """All layers one after another, each with arrays of its own."""
+        keys, values = [], []
+        for i, layer in enumerate(self.layers):
+            kept = None
+            if cache is not None:
+                slots = (cache.positions, cache.segment_ids)
+                kept = (cache.keys[i], cache.values[i], start, slots)
+            x, kept = layer(x, place, kept)
+            if kept is not None:
+                keys.append(kept[0])
+                values.append(kept[1])
+        return x, cache and cache.replace(keys=tuple(keys), values=tuple(values))
+
+    def init_cache(self, batch: int, max_len: int) -> KVCache:
+        """An empty cache of `max_len` slots for `batch` rows."""
+        config = self.config
+        shape = (batch, config.num_kv_heads, max_len, config.head_dim)
+        if isinstance(self.layers, Layer):
+            empty = [jnp.zeros((config.num_layers, *shape), config.dtype) for _ in range(2)]
+        else:
+            empty = [
+                tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+                for _ in range(2)
+            ]
+        places = [jnp.zeros((batch, max_len), jnp.int32) for _ in range(2)]
+        return KVCache(*empty, *places, jnp.zeros((), jnp.int32))
+
+
+def unstack_layers(model: Transformer) -> Transformer:
+    """The same model with every layer's weights in arrays of their own, for decoding."""
+    model = nnx.merge(*nnx.split(model))
+    graphdef, state = nnx.split(model.layers)
+    model.layers = nnx.List(
+        nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state))
+        for i in range(model.config.num_layers)
+    )
+    return model

@@ -1,0 +1,156 @@
+"""Next-token cross-entropy in float32, in chunks of the sequence, with z-loss and a loss per stream.
+
+Plain cross-entropy is what the published stages presumably minimise (no weighting is stated: Step-Audio, arXiv
+2502.11946, section 4); which targets count is said by the weights of the batch (arXiv 2506.08967, eq. 1: the response).
+z-loss, z * log(sum exp logits)^2, keeps the logits' scale from drifting (PaLM, arXiv 2204.02311, section 5); off by default.
+
+Choice: the logits of all positions (vocabulary x tokens) are the largest array of a step, so they exist one chunk at a
+time; where gradients are wanted they are formed together with the loss, while the chunk is at hand.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+STREAMS = ("text", "linguistic", "semantic")
+_CHUNK = 64  # positions a chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModeling:
+    """objective(model, batch, rng, train) for packed batches.
+
+    The batch holds tokens, targets int32[B, S] (already shifted), weights float32[B, S],
+    segment_ids and positions int32[B, S].
+
+    Attributes:
+      z_loss: coefficient of the squared log-normaliser.
+      text_size, linguistic_size, semantic_size: of the vocabulary, whose ids come in this order;
+        only metrics depend on them, and with text_size 0 there are no metrics per stream.
+    """
+
+    z_loss: float = 0.0
+    text_size: int = 0
+    linguistic_size: int = 0
+    semantic_size: int = 0
+
+    def __call__(self, model, batch, rng, train: bool):
+        """-> (loss: weighted mean per token, metrics)."""
+        del rng, train
+        targets, weights = batch["targets"], batch["weights"].astype(jnp.float32)
+        hidden, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
+        tokens = weights.sum()
+        share = weights / jnp.maximum(tokens, 1e-8)
+        kernel = model.head[...].astype(hidden.dtype)
+        loss, (losses, correct) = cross_entropy(hidden, kernel, targets, share, self.z_loss)
+        metrics = {
+            "loss": (jnp.sum(losses * weights), tokens),
+            "accuracy": (jnp.sum(correct * weights), tokens),
+            "tokens": (tokens, jnp.float32(1)),
+        }
+        for stream, inside in self._streams(targets).items():
+            counted = weights * inside
+            metrics[f"loss_{stream}"] = (jnp.sum(losses * counted), counted.sum())
+        return loss, metrics
+
+    def _streams(self, targets):
+        """{stream: bool[B, S], whether a target belongs to it}."""
+        sizes = (self.text_size, self.linguistic_size, self.semantic_size)
+        starts = (0, sizes[0], sizes[0] + sizes[1])
+        return {
+            stream: (targets >= start) & (targets < start + size)
+            for stream, start, size in zip(STREAMS, starts, sizes, strict=True)
+            if self.text_size and size
+        }
+
+
+def cross_entropy(hidden, kernel, targets, weights, z_loss: float = 0.0):
+    """sum(weights * (-log softmax(hidden @ kernel)[target] + z_loss * log_normaliser^2)).
+
+    Differentiable in `hidden` and `kernel` through the sum only.
+
+    Args:
+      hidden: [B, S, E].
+      kernel: [E, V].
+      targets: int32[B, S].
+      weights: float32[B, S].
+      z_loss: coefficient.
+
+    Returns:
+      (float32 scalar, (cross-entropy float32[B, S] without z-loss, float32[B, S]: 1 where the
+      target is the likeliest token)).
+    """
+    return _cross_entropy(hidden, kernel, targets, weights, z_loss)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(hidden, kernel, targets, weights, z_loss):
+    def body(_, chunk):
+        hidden, targets, weights = chunk
+        return _, _losses(_logits(hidden, kernel), targets, weights, z_loss)[:3]
+
+    chunks, merge = _chunked(hidden, targets, weights)
+    _, (total, losses, correct) = jax.lax.scan(body, None, chunks)
+    return total.sum(), (merge(losses), merge(correct))
+
+
+def _logits(hidden, kernel):
+    return jnp.einsum("bse,ev->bsv", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def _losses(logits, targets, weights, z_loss):
+    """-> (weighted sum, cross-entropy, correct, log-normaliser) of one chunk of logits."""
+    normaliser = jax.nn.logsumexp(logits, -1)
+    of_target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    losses = normaliser - of_target
+    correct = (of_target >= logits.max(-1)).astype(jnp.float32)
+    total = jnp.sum(weights * (losses + z_loss * normaliser**2))
+    return total, losses, correct, normaliser
+
+
+def _chunked(*arrays):
+    """Cuts [B, S, ...] into [chunks, B, S / chunks, ...]; and how to undo it."""
+    batch, length = arrays[0].shape[:2]
+    # Whole rows stay together: a batch sharded over devices is cut without communication.
+    count = next(n for n in range(max(1, length // _CHUNK), 0, -1) if length % n == 0)
+
+    def cut(x):
+        return x.reshape(batch, count, length // count, *x.shape[2:]).swapaxes(0, 1)
+
+    def merge(x):
+        return x.swapaxes(0, 1).reshape(batch, length, *x.shape[3:])
+
+    return tuple(cut(x) for x in arrays), merge
+
+
+def _forward(hidden, kernel, targets, weights, z_loss):
+    """The loss and, chunk by chunk, its gradients."""
+
+    def body(d_kernel, chunk):
+        hidden, targets, weights = chunk
+        logits = _logits(hidden, kernel)
+        total, losses, correct, normaliser = _losses(logits, targets, weights, z_loss)
+        # d/dlogits of w (lse - logit[target] + z lse^2) = w ((1 + 2 z lse) softmax - onehot)
+        scale = (weights * (1.0 + 2.0 * z_loss * normaliser))[..., None]
+        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+        d_logits = scale * jnp.exp(logits - normaliser[..., None]) - weights[..., None] * hit
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = jnp.einsum("bsv,ev->bse", d_logits, kernel)
+        d_kernel += jnp.einsum("bse,bsv->ev", hidden, d_logits, preferred_element_type=jnp.float32)
+        return d_kernel, (total, losses, correct, d_hidden)
+
+    chunks, merge = _chunked(hidden, targets, weights)
+    start = jnp.zeros(kernel.shape, jnp.float32)
+    d_kernel, (total, losses, correct, d_hidden) = jax.lax.scan(body, start, chunks)
+    result = total.sum(), (merge(losses), merge(correct))
+    return result, (merge(d_hidden), d_kernel.astype(kernel.dtype))
+
+
+def _backward(z_loss, saved, cotangents):
+    d_total = cotangents[0]
+    return *((d_total * d).astype(d.dtype) for d in saved), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
