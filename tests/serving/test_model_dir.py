@@ -1,10 +1,9 @@
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
-from flax import nnx
 
-from t5x_audio.backbone.transformer import TransformerConfig
 from t5x_audio.errors import UserError
 from t5x_audio.serving.model_dir import PARTS, RunDirectory
 from t5x_audio.serving.voice import answer_voice
@@ -35,11 +34,8 @@ def test_missing_part_names_its_stage(copy, part):
 
 
 def test_backbone_of_another_size(copy):
-    shutil.rmtree(copy / "merged")
-    config = TransformerConfig(
-        num_layers=1, embed=16, mlp=16, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=64
-    )
-    checkpoints.save_model(copy / "merged", {"model": config}, {"model": config.make(nnx.Rngs(0))})
+    config = dataclasses.replace(checkpoints.load_config(copy / "merged"), vocab_size=64)
+    checkpoints.write_configs(copy / "merged", {"model": config})
     with pytest.raises(UserError, match="merged: vocab_size is 64 but the vocabulary .* needs 208"):
         RunDirectory(copy).check()
 
