@@ -11,7 +11,7 @@ front end). Speed, pitch and vocal tract make further speakers out of one voice:
 
 Within SPEED_RANGE, PITCH_RANGE and FORMANT_RANGE whisper tiny.en transcribes read English almost
 as it does untouched (words changed: 3 to 7 % by speed, 4 to 6 % by pitch, 2 to 3 % by formants),
-and DNSMOS stays within 0.1 (0.3 at +4 semitones).
+and DNSMOS falls by less than 0.1 (0.2 at +4 semitones).
 All functions take and return float32 [T] and raise ValueError on settings outside their meaning.
 """
 
