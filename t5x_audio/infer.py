@@ -123,7 +123,8 @@ def _hand_over(answer, output: str, loading: float) -> dict[str, object]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `run`; see its docstring."""
+    """The flags of `run`, see its docstring; gin/runs/infer.gin is read before other gin files."""
+    parser.set_defaults(gin_file=["gin/runs/infer.gin"])
     parser.add_argument("--input", help="recording of the question: wav, flac, ogg or mp3")
     parser.add_argument("--text", help="the question, typed")
     parser.add_argument("--output", help="recording of the answer (default: answer.wav)")

@@ -1,0 +1,279 @@
+"""Asks a run's assistant the held-out spoken questions and measures its answers.
+
+What is written, in `<run_dir>/evaluation/`: `results.json` (all figures and every question),
+`results.md` (the tables), `speech/<kind>/<question>.flac` (what was said). Every answer is kept as
+it comes, so an interrupted evaluation goes on where it stopped and a finished one is not repeated;
+it starts anew when the weights or the settings are others.
+
+    python -m t5x_audio.evaluate --gin_file=gin/models/demo.gin --gin_file=gin/runs/evaluate.gin
+"""
+
+import json
+import pathlib
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+RESULTS, TABLES = "results.json", "results.md"
+ANSWERS, SETTINGS, SPEECH = "answers.jsonl", "settings.json", "speech"
+
+
+def run(
+    *,
+    model_dir: str,
+    run_dir: str,
+    num_questions: int | None = 100,
+    batch_size: int = 16,
+    num_examples: int = 8,
+    num_timed: int = 5,
+    max_new_tokens: int = 400,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    seed: int = 0,
+    make_judges: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """Evaluates a run.
+
+    Args:
+      model_dir: where the results go, e.g. runs/demo/evaluation.
+      run_dir: the run, e.g. runs/demo.
+      num_questions: how many of the held-out questions, always the same ones; None = all.
+      batch_size: questions answered at once.
+      num_examples: how many the report lets one listen to.
+      num_timed: questions asked one at a time for the time to first audio.
+      max_new_tokens, temperature, top_p: of the answers; temperature 0 takes the likeliest token.
+      seed: of sampling and of the vocoder's noise.
+      make_judges: (recordings of the reference voice) -> `spoken_qa.Judges`; None = the project's.
+
+    Returns:
+      The figures, flat.
+
+    Raises:
+      UserError: a part of the run is missing or of another size.
+    """
+    from t5x_audio import launch
+    from t5x_audio.backbone.decoding import Sampling
+    from t5x_audio.serving.assistant import SpokenAssistant
+    from t5x_audio.serving.model_dir import RunDirectory
+
+    folder, root = pathlib.Path(model_dir), RunDirectory(run_dir)
+    vocabulary = root.check()
+    options = {"seed": seed, "max_new_tokens": max_new_tokens}
+    settings = options | {
+        "weights": root.fingerprint(),
+        "num_questions": num_questions,
+        "temperature": temperature,
+        "top_p": top_p,
+        "num_examples": num_examples,
+        "num_timed": num_timed,
+    }
+    if results := _finished(folder, settings):
+        print(f"already evaluated: {folder / RESULTS}", file=sys.stderr)
+        return results["figures"]
+    _begin(folder, settings)
+    questions = _load_questions(root, vocabulary, num_questions)
+    sampling = Sampling(temperature=temperature, top_p=top_p)
+    assistant = SpokenAssistant.load(run_dir, sampling=sampling, **options)
+    written, codes = answer_all(assistant, questions, folder / ANSWERS, batch_size)
+    speech = speak_all(assistant, questions, codes, folder / SPEECH)
+    speed = time_answers(assistant, questions[:num_timed])
+    results = _judge(questions, written, speech, make_judges or default_judges)
+    results["figures"] |= speed
+    results["seed"], results["settings"] = seed, settings
+    results["examples"] = _examples(results["questions"], num_examples, questions, folder)
+    launch.save_operative_config(folder)
+    _write(folder / TABLES, tables(results))
+    _write(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    return results["figures"]
+
+
+def _load_questions(root, vocabulary, limit: int | None):
+    from t5x_audio.evaluation import spoken_qa
+
+    return spoken_qa.load_questions(
+        root.corpus("spoken_qa"), root.tokens("spoken_qa"), vocabulary.linguistic_size, limit=limit
+    )
+
+
+def _finished(folder: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The results, if they are there and were made with these settings."""
+    try:
+        results = json.loads((folder / RESULTS).read_text())
+    except (OSError, ValueError):
+        return None
+    return results if results.get("settings") == settings else None
+
+
+def _begin(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Makes the folder; drops what was made with other settings."""
+    from t5x_audio.errors import UserError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = folder / SETTINGS
+        if not kept.exists() or json.loads(kept.read_text()) != settings:
+            (folder / RESULTS).unlink(missing_ok=True)
+            (folder / ANSWERS).unlink(missing_ok=True)
+            shutil.rmtree(folder / SPEECH, ignore_errors=True)
+            _write(kept, json.dumps(settings))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: cannot be written ({error}); give another folder") from error
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def answer_all(assistant, questions: Sequence, path: pathlib.Path, batch_size: int):
+    """Answers what `path` (JSON lines of id, text, codes) does not answer yet, batch by batch.
+
+    Returns:
+      (texts, flat local codes int32 [5 g_i]) in the order of the questions.
+    """
+    import numpy as np
+    import tqdm
+
+    known = _read_answers(path)
+    missing = [one for one in questions if one.id not in known]
+    progress = tqdm.tqdm(total=len(questions), initial=len(known), desc="answers", unit="q")
+    with progress, path.open("a") as file:
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            replies = assistant.answer_batch([one.audio for one in batch], batch_size)
+            for one, reply in zip(batch, replies, strict=True):
+                row = {"id": one.id, "text": reply.text, "codes": reply.codes.tolist()}
+                known[one.id] = row
+                file.write(json.dumps(row) + "\n")
+            file.flush()
+            progress.update(len(batch))
+    rows = [known[one.id] for one in questions]
+    return [row["text"] for row in rows], [np.asarray(row["codes"], np.int32) for row in rows]
+
+
+def _read_answers(path: pathlib.Path) -> dict[str, dict]:
+    """Rows by id; a last line that was cut short is taken off the file."""
+    if not path.exists():
+        return {}
+    rows, whole = {}, ""
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        whole += line
+        row = json.loads(line)
+        rows[row["id"]] = row
+    _write(path, whole)
+    return rows
+
+
+def speak_all(assistant, questions: Sequence, codes: Sequence, folder: pathlib.Path):
+    """Vocodes the answers and, from their codes, the true answers; keeps each as a file.
+
+    Returns:
+      {kind: float32 [T_i] at 16 kHz of each question} for the kinds of `spoken_qa`.
+    """
+    import tqdm
+
+    from t5x_audio.audio import io
+
+    jobs = [("answers", one.id, code) for one, code in zip(questions, codes, strict=True)]
+    jobs += [("resynthesis", one.id, one.codes) for one in questions]
+    speech: dict[str, list] = {"answers": [], "resynthesis": []}
+    for kind, name, code in tqdm.tqdm(jobs, desc="speech", unit="clip"):
+        path = folder / kind / f"{name}.flac"
+        if not path.exists():
+            io.save(path, assistant.speak(code), assistant.rate)
+        samples, rate = _read_speech(path)
+        speech[kind].append(io.resample(samples, rate, 16000))
+    return speech | {"recordings": [one.recording for one in questions]}
+
+
+def _read_speech(path: pathlib.Path):
+    import soundfile
+
+    return soundfile.read(path, dtype="float32")
+
+
+def time_answers(assistant, questions: Sequence) -> dict[str, float]:
+    """Medians over `questions`, each asked alone."""
+    answers = []
+    for one in questions:
+        assistant.answer(one.audio)  # Compiles for this length; not counted.
+        answers.append(assistant.answer(one.audio))
+    if not answers:
+        return {}
+    spoken = [one for one in answers if len(one.audio)]
+    figures = {
+        "time_to_first_audio": statistics.median(one.timings["first_audio"] for one in answers),
+        "tokens_per_second": statistics.median(one.tokens_per_second for one in answers),
+    }
+    if spoken:
+        seconds = sum(len(one.audio) / one.rate for one in spoken)
+        figures["real_time_factor"] = sum(one.timings["total"] for one in spoken) / seconds
+    return figures
+
+
+def default_judges(recordings: Sequence):
+    """faster-whisper, DNSMOS and GE2E, beside the voice of `recordings` (float32 [T_i], 16 kHz)."""
+    from t5x_audio.data.engine.recognizer import Recognizer
+    from t5x_audio.evaluation import mos, spoken_qa
+    from t5x_audio.interop import ge2e
+
+    encoder = ge2e.load_speaker_encoder()
+    return spoken_qa.Judges(
+        transcribe=Recognizer().transcribe,
+        mos=mos.overall,
+        embed=encoder.embed_batch,
+        voice=spoken_qa.reference_voice(encoder.embed_batch, recordings),
+    )
+
+
+def _judge(questions, written, speech, make_judges) -> dict[str, Any]:
+    from t5x_audio.evaluation import spoken_qa
+
+    rows = spoken_qa.assess(questions, written, speech, make_judges(speech["recordings"]))
+    return {
+        "figures": spoken_qa.summarise(rows),
+        "by_category": spoken_qa.by_group(rows, "category"),
+        "by_novelty": spoken_qa.by_group(rows, "novelty"),
+        "questions": rows,
+    }
+
+
+def _examples(rows, count: int, questions: Sequence, folder: pathlib.Path) -> list[dict]:
+    """The rows of the examples, each with the names of its recordings."""
+    from t5x_audio.audio import io
+    from t5x_audio.evaluation import spoken_qa
+
+    asked, by_id = {one.id: one for one in questions}, {row["id"]: row for row in rows}
+    examples = []
+    for name in spoken_qa.choose_examples(rows, count):
+        question = pathlib.Path(SPEECH) / "questions" / f"{name}.flac"
+        io.save(folder / question, asked[name].audio, 16000)
+        clips = {
+            "question": str(question),
+            "true answer, resynthesised": f"{SPEECH}/resynthesis/{name}.flac",
+            "answer": f"{SPEECH}/answers/{name}.flac",
+        }
+        examples.append(by_id[name] | {"clips": clips})
+    return examples
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """The results as Markdown."""
+    from t5x_audio.make_report import measured_tables
+
+    parts = []
+    for table in measured_tables(results):
+        rows = [table.columns, ("---",) * len(table.columns), *table.rows]
+        parts.append(f"## {table.title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    from t5x_audio import launch
+
+    launch.main("t5x_audio.evaluate", description=__doc__)
