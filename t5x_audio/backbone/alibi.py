@@ -1,9 +1,10 @@
 """Square-root ALiBi: the positional bias of Step-1.
 
-score[i, j] += -slope_h * sqrt(i - j) for j <= i. The bias falls off more slowly than linear ALiBi, so kernels that
-know only the linear form (FlashAttention, splash) do not compute it.
-Source: modeling_step1.py of stepfun-ai/Step-Audio-Chat; the slope rule is that of ALiBi (arXiv 2108.12409, app. A)
-with a tail of its own for head counts that are no power of two (48 and 96 are not).
+score[i, j] += -slope_h * sqrt(i - j) for j <= i. The bias falls off more slowly than linear ALiBi,
+so kernels that know only the linear form (FlashAttention, splash) do not compute it.
+Source: modeling_step1.py of stepfun-ai/Step-Audio-Chat; the slope rule is that of ALiBi (arXiv
+2108.12409, app. A) with a tail of its own for head counts that are no power of two (48 and 96 are
+not).
 """
 
 import math

@@ -1,13 +1,18 @@
 """Causal grouped-query attention with square-root ALiBi, by blocks of queries, in linear memory.
 
-One function for training, prefill and decoding. A block of queries meets only the keys that can precede it, its
-scores live once at a time, and the backward pass computes them again from the log-sum-exp (arXiv 2205.14135).
-Choices, measured on XLA CPU against the plain softmax(QK + bias)V and its automatic gradient (2.3 times slower):
-- heads of a group are folded into the rows of one matrix product per group, so keys are never repeated;
-- products whose *left* operand is contracted over its rows run at half speed: gradients of keys and values are
-  formed transposed, [head_dim, keys], so that the small operand is the left one;
-- the table of sqrt(i - j) is shared by all heads and kept out of their fusions (a square root costs more than a load).
-Softmax is float32 whatever the type of the operands. Equations: modeling_step1.py of stepfun-ai/Step-Audio-Chat.
+One function for training, prefill and decoding. A block of queries meets only the keys that can
+precede it, its scores live once at a time, and the backward pass computes them again from the
+log-sum-exp (arXiv 2205.14135).
+Choices, measured on XLA CPU against the plain softmax(QK + bias)V and its automatic gradient (2.3
+times slower):
+- heads of a group are folded into the rows of one matrix product per group, so keys are never
+  repeated;
+- products whose *left* operand is contracted over its rows run at half speed: gradients of keys and
+  values are formed transposed, [head_dim, keys], so that the small operand is the left one;
+- the table of sqrt(i - j) is shared by all heads and kept out of their fusions (a square root costs
+  more than a load).
+Softmax is float32 whatever the type of the operands. Equations: modeling_step1.py of
+stepfun-ai/Step-Audio-Chat.
 """
 
 import functools

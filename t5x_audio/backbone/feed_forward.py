@@ -1,9 +1,9 @@
-"""The matrix product with a weight and the SwiGLU feed-forward, with gradients written for memory traffic.
+"""The matrix product with a weight and SwiGLU, with gradients written for memory traffic.
 
 Automatic differentiation is right but keeps more than is needed (the sigmoid, its product and the
-result, each as wide as the feed-forward) and forms weight gradients with the wide operand on the left,
-which XLA CPU transposes in memory first. Here the narrow operand is on the left, and SwiGLU keeps only
-its two inputs. Other backends assign layouts themselves, so it costs them nothing.
+result, each as wide as the feed-forward) and forms weight gradients with the wide operand on the
+left, which XLA CPU transposes in memory first. Here the narrow operand is on the left, and SwiGLU
+keeps only its two inputs. Other backends assign layouts themselves, so it costs them nothing.
 """
 
 import jax

@@ -1,17 +1,20 @@
 """Step-1: the pre-norm decoder of Step-Audio, one class for every size.
 
-h += Attention(RMS(h)); h += SwiGLU(RMS(h)); a final RMS; an untied head. No biases, no dropout, no rotary or
-learned positions: the only position signal is square-root ALiBi. Sizes: config.json of stepfun-ai/Step-Audio-Chat
-(the defaults here) and Step-Audio-TTS-3B; equations: modeling_step1.py there and vLLM's step1.py.
+h += Attention(RMS(h)); h += SwiGLU(RMS(h)); a final RMS; an untied head. No biases, no dropout, no
+rotary or learned positions: the only position signal is square-root ALiBi. Sizes: config.json of
+stepfun-ai/Step-Audio-Chat (the defaults here) and Step-Audio-TTS-3B; equations: modeling_step1.py
+there and vLLM's step1.py.
 
 Choices:
-- Query, key, value, gate and up are products of their own: joint ones were no faster, and their gradients have to be
-  put together again in memory.
-- Layers are stacked on a leading axis and scanned; `unstack_layers` takes them apart for decoding, where slicing
-  the stack would copy every weight at every token.
-- One code path: training, prefill and one-token steps differ only in the cache they pass. Keys are masked by segment
-  and position, so packed rows, padding and the unused tail of a cache need no case of their own.
-- Outputs into the residual stream start smaller by sqrt(2 num_layers) (GPT-2); the published start is unknown.
+- Query, key, value, gate and up are products of their own: joint ones were no faster, and their
+  gradients have to be put together again in memory.
+- Layers are stacked on a leading axis and scanned; `unstack_layers` takes them apart for decoding,
+  where slicing the stack would copy every weight at every token.
+- One code path: training, prefill and one-token steps differ only in the cache they pass. Keys are
+  masked by segment and position, so packed rows, padding and the unused tail of a cache need no
+  case of their own.
+- Outputs into the residual stream start smaller by sqrt(2 num_layers) (GPT-2); the published start
+  is unknown.
 """
 
 import dataclasses
@@ -147,7 +150,10 @@ class Layer(nnx.Module):
         self.key = _param(rngs, (embed, groups, head_dim), into_groups, std)
         self.value = _param(rngs, (embed, groups, head_dim), into_groups, std)
         self.out = _param(
-            rngs, (config.num_heads, head_dim, embed), (*layers, "heads", "head_dim", "embed"), out_std
+            rngs,
+            (config.num_heads, head_dim, embed),
+            (*layers, "heads", "head_dim", "embed"),
+            out_std,
         )
         self.gate = _param(rngs, (embed, mlp), (*layers, "embed", "mlp"), std)
         self.up = _param(rngs, (embed, mlp), (*layers, "embed", "mlp"), std)
