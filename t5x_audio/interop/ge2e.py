@@ -63,3 +63,8 @@ def _assign(param, value, what: str):
             f"{param.shape}; use the sizes the checkpoint was trained with"
         )
     param[...] = np.asarray(value, np.float32)
+
+
+def clip_embedder():
+    """The published encoder as a function: waveforms float32 [T] at 16 kHz -> float32 [N, 256]."""
+    return load_speaker_encoder().embed_batch
