@@ -5,8 +5,8 @@ CosyVoice-1's recipe: x_t = (1 - (1 - sigma) t) z + t x_1 with target x_1 - (1 -
 guidance), and in half of the rows a random prefix of up to 30 % of the mel given as the prompt.
 
 Choices: the mel is computed here from the batch's waveform, so nothing but audio and codes is
-stored; frames count as far as both the codes and the audio reach; times are stratified over a batch,
-which lowers the variance of the gradient and of the logged loss.
+stored; frames count as far as both the codes and the audio reach; times are stratified over a
+batch, which lowers the variance of the gradient and of the logged loss.
 """
 
 import dataclasses

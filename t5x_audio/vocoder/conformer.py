@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from t5x_audio.vocoder.initialisers import spread
 from t5x_audio.vocoder.layers import attention, dropout, layer_norm, linear, run_stack, stack
 
 
@@ -74,7 +75,7 @@ class RelativeAttention(nnx.Module):
         self.query, self.key, self.value = (project(("embed", "heads")) for _ in range(3))
         self.out = project(("heads", "embed"))
         self.position = project(("embed", "heads"), use_bias=False)
-        init = nnx.initializers.xavier_uniform()
+        init = spread(head_dim**-0.5)
         axes = ("layers", "heads", "head_dim")
         shape = (config.num_heads, head_dim)
         self.content_bias = nnx.Param(init(rngs.params(), shape), logical_axes=axes)

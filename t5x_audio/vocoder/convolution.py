@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_audio.vocoder.initialisers import fan_in
+
 _NORM_EPSILON = 1e-12
 
 
@@ -53,7 +55,7 @@ class Convolution(nnx.Module):
             else _per_axis(padding, rank)
         )
         self.dtype = dtype
-        init = kernel_init or nnx.initializers.lecun_normal(in_axis=(*range(rank), -2))
+        init = kernel_init or fan_in()
         kernel = init(rngs.params(), (*self.kernel_size, n_in, n_out), jnp.float32)
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(jnp.zeros(n_out))
@@ -93,7 +95,7 @@ class TransposedConvolution(nnx.Module):
         if kernel_size < stride or (kernel_size - stride) % 2:
             raise ValueError(f"kernel {kernel_size} must be stride {stride} plus an even number")
         self.kernel_size, self.stride, self.dtype = kernel_size, stride, dtype
-        init = kernel_init or nnx.initializers.lecun_normal(in_axis=(0, 1))
+        init = kernel_init or fan_in()
         kernel = init(rngs.params(), (kernel_size, n_in, n_out), jnp.float32)
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(jnp.zeros(n_out))

@@ -23,6 +23,7 @@ from flax import nnx
 
 from t5x_audio.vocoder.conformer import ConformerConfig
 from t5x_audio.vocoder.convolution import length_mask
+from t5x_audio.vocoder.initialisers import spread
 from t5x_audio.vocoder.layers import linear
 from t5x_audio.vocoder.length_regulator import LengthRegulator
 from t5x_audio.vocoder.unet import Unet, UnetConfig
@@ -103,9 +104,7 @@ class FlowMatching(nnx.Module):
         self.embedding = nnx.Embed(
             config.codebook,
             width,
-            embedding_init=nnx.with_metadata(
-                nnx.initializers.normal(1.0), logical_axes=("vocab", "embed")
-            ),
+            embedding_init=nnx.with_metadata(spread(1.0), logical_axes=("vocab", "embed")),
             rngs=rngs,
         )
         self.encoder = config.encoder.make(rngs)

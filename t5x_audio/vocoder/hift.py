@@ -1,9 +1,9 @@
 """HiFT: mel to waveform with a harmonic-plus-noise source and an inverse STFT at the end.
 
-Architecture as in CosyVoice-1's public implementation (HiFTNet, Li et al. 2023, arXiv 2309.09493): an
-F0 predictor drives a sine source with harmonics; a stack of transposed convolutions with Snake
-residual blocks raises the mel towards the sample rate, meeting the source's STFT at every stage; the
-last stage gives magnitude and phase of a small iSTFT.
+Architecture as in CosyVoice-1's public implementation (HiFTNet, Li et al. 2023, arXiv 2309.09493):
+an F0 predictor drives a sine source with harmonics; a stack of transposed convolutions with Snake
+residual blocks raises the mel towards the sample rate, meeting the source's STFT at every stage;
+the last stage gives magnitude and phase of a small iSTFT.
 
 Choices:
 - Every size is a field; the mel's hop must equal prod(upsample_rates) * istft_hop.
@@ -22,6 +22,7 @@ from flax import nnx
 
 from t5x_audio.errors import UserError
 from t5x_audio.vocoder.convolution import Convolution, TransposedConvolution, length_mask
+from t5x_audio.vocoder.initialisers import fan_in, spread
 from t5x_audio.vocoder.istft import istft, stft
 
 _MAX_MAGNITUDE = 1e2
@@ -118,7 +119,7 @@ class ResidualBlock(nnx.Module):
                 kernel,
                 dilation=dilation,
                 weight_norm=True,
-                kernel_init=nnx.initializers.normal(0.01),
+                kernel_init=spread(0.01),
                 dtype=config.dtype,
                 rngs=rngs,
             )
@@ -149,7 +150,7 @@ class F0Predictor(nnx.Module):
                 for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
             ]
         )
-        self.classifier = nnx.Linear(config.f0_channels, 1, rngs=rngs)
+        self.classifier = nnx.Linear(config.f0_channels, 1, kernel_init=fan_in(), rngs=rngs)
 
     def __call__(self, mel: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """See the class; frames outside the mask are 0."""
@@ -165,7 +166,7 @@ class HarmonicSource(nnx.Module):
 
     def __init__(self, config: HiftConfig, rngs: nnx.Rngs):
         self.config = config
-        self.merge = nnx.Linear(config.num_harmonics + 1, 1, rngs=rngs)
+        self.merge = nnx.Linear(config.num_harmonics + 1, 1, kernel_init=fan_in(), rngs=rngs)
 
     def __call__(self, f0: jax.Array, rng: jax.Array) -> jax.Array:
         """F0 [B, F] in Hz -> samples [B, F * hop] in (-1, 1); `rng` draws phases and noise."""
@@ -206,7 +207,7 @@ class HiftGenerator(nnx.Module):
         stages = range(len(config.upsample_rates))
         widths = [base // 2**i for i in range(len(stages) + 1)]
         bins = config.istft_n_fft + 2
-        small = nnx.initializers.normal(0.01)
+        small = spread(0.01)
         self.f0_predictor = F0Predictor(config, rngs)
         self.source = HarmonicSource(config, rngs)
         self.conv_pre = Convolution(

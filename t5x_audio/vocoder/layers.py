@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_audio.vocoder.initialisers import fan_in
+
 NEGATIVE = -1e9
 
 
@@ -27,7 +29,7 @@ def linear(
 ) -> nnx.Linear:
     """`nnx.Linear` whose kernel carries logical `axes`, behind `stacked` 'layers' axes."""
     outer = ("layers",) * stacked
-    init = init or nnx.initializers.lecun_normal()
+    init = init or fan_in()
     return nnx.Linear(
         n_in,
         n_out,

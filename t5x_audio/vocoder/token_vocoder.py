@@ -9,7 +9,6 @@ Choices:
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -98,7 +97,7 @@ class TokenVocoder:
         speaker = np.asarray(speaker_embedding, np.float32)
         if speaker.shape != (config.speaker_dim,) or not np.isfinite(speaker).all():
             raise UserError(
-                f"speaker embedding: shape {speaker.shape}; give {config.speaker_dim} finite numbers"
+                f"speaker embedding: shape {speaker.shape}; give {config.speaker_dim} finite values"
             )
         prompt, prompt_mel = self._checked_prompt(prompt_codes, prompt_mel)
         joined = np.concatenate([prompt, codes])

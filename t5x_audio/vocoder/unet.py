@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_audio.vocoder.convolution import Convolution, TransposedConvolution
+from t5x_audio.vocoder.initialisers import fan_in
 from t5x_audio.vocoder.layers import (
     MaskedGroupNorm,
     attention,
@@ -26,7 +27,7 @@ from t5x_audio.vocoder.layers import (
     stack,
 )
 
-_HE = nnx.initializers.he_normal()
+_HE = fan_in(2.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,7 @@ class ConvNormMish(nnx.Module):
     """Convolution of kernel 3, group norm, Mish."""
 
     def __init__(self, n_in: int, n_out: int, config: UnetConfig, rngs: nnx.Rngs):
-        init = nnx.initializers.he_normal(in_axis=(0, 1))
-        self.conv = Convolution(n_in, n_out, 3, kernel_init=init, dtype=config.dtype, rngs=rngs)
+        self.conv = Convolution(n_in, n_out, 3, kernel_init=_HE, dtype=config.dtype, rngs=rngs)
         self.norm = MaskedGroupNorm(config.norm_groups, n_out)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,0 +1,69 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from t5x_audio.vocoder.convolution import (
+    Convolution,
+    TransposedConvolution,
+    length_mask,
+    overlap_add,
+)
+
+
+def test_length_mask():
+    mask = length_mask(jnp.array([0, 2]), 3)
+    np.testing.assert_array_equal(mask[..., 0], [[0, 0, 0], [1, 1, 0]])
+
+
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_convolution_equals_the_definition(dilation):
+    conv = Convolution(3, 4, 5, dilation=dilation, rngs=nnx.Rngs(0))
+    conv.bias[...] = jnp.arange(4.0)
+    x = np.asarray(jax.random.normal(jax.random.key(1), (2, 17, 3)))
+    reach = 2 * dilation
+    padded = np.pad(x, ((0, 0), (reach, reach), (0, 0)))
+    kernel = np.asarray(conv.kernel[...])
+    wanted = np.arange(4.0) + sum(
+        padded[:, k * dilation : k * dilation + 17] @ kernel[k] for k in range(5)
+    )
+    np.testing.assert_allclose(conv(jnp.asarray(x)), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_weight_norm_starts_at_the_plain_kernel_and_scales_channels():
+    plain = Convolution(3, 4, 3, rngs=nnx.Rngs(0))
+    normed = Convolution(3, 4, 3, weight_norm=True, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (1, 9, 3))
+    np.testing.assert_allclose(normed(x), plain(x), rtol=1e-5, atol=1e-6)
+    normed.kernel[...] = 7.0 * normed.kernel[...]
+    np.testing.assert_allclose(normed(x), plain(x), rtol=1e-4, atol=1e-5)
+    normed.scale[...] = 2.0 * normed.scale[...]
+    np.testing.assert_allclose(normed(x), 2.0 * plain(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stride", "extra", "length"), [(1, 0, 3), (3, 0, 4), (2, 1, 5), (3, 4, 2)]
+)
+def test_transposed_convolution_scatters_each_frame(stride, extra, length):
+    kernel_size = stride + 2 * extra
+    conv = TransposedConvolution(2, 3, kernel_size, stride, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(1).standard_normal((1, length, 2))
+    kernel = np.asarray(conv.kernel[...])
+    full = np.zeros((1, (length - 1) * stride + kernel_size, 3))
+    for t in range(length):
+        for k in range(kernel_size):
+            full[:, t * stride + k] += x[:, t] @ kernel[k]
+    wanted = full[:, extra : extra + length * stride]
+    got = nnx.jit(lambda c, x: c(x))(conv, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_transposed_convolution_refuses_an_odd_margin():
+    with pytest.raises(ValueError, match="even"):
+        TransposedConvolution(2, 3, 5, 2, rngs=nnx.Rngs(0))
+
+
+def test_overlap_add():
+    pieces = jnp.arange(6.0).reshape(1, 3, 2, 1)  # frames (0,1) (2,3) (4,5)
+    np.testing.assert_array_equal(overlap_add(pieces)[0, :, 0], [0, 1 + 2, 3 + 4, 5])

@@ -1,0 +1,110 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from t5x_audio.errors import UserError
+from t5x_audio.vocoder.hift import HarmonicSource, HiftConfig, source_phase
+
+SMALL = HiftConfig(
+    num_mels=12,
+    sample_rate=16000,
+    base_channels=16,
+    num_harmonics=3,
+    upsample_rates=(5, 3),
+    upsample_kernels=(11, 7),
+    istft_n_fft=32,
+    istft_hop=16,
+    resblock_kernels=(3, 5),
+    resblock_dilations=(2,),
+    source_kernels=(3, 3),
+    f0_channels=16,
+    f0_layers=2,
+)
+
+
+@pytest.fixture(scope="module")
+def generator(build):
+    return build(SMALL)
+
+
+def test_published_size():
+    module = nnx.eval_shape(lambda: HiftConfig().make(nnx.Rngs(0)))
+    assert HiftConfig().hop == 256
+    assert round(sum(x.size for x in jax.tree.leaves(module)) / 1e6, 1) == 20.5
+
+
+def test_shape_range_and_determinism(generator):
+    mel = jax.random.normal(jax.random.key(0), (2, 6, 12)) * 4.0
+    run = nnx.jit(lambda g, m, k: g(m, k))
+    samples = run(generator, mel, jax.random.key(1))
+    assert samples.shape == (2, 6 * SMALL.hop)
+    assert jnp.isfinite(samples).all()
+    assert jnp.abs(samples).max() <= SMALL.audio_limit
+    np.testing.assert_array_equal(samples, run(generator, mel, jax.random.key(1)))
+    assert jnp.abs(samples - run(generator, mel, jax.random.key(2))).max() > 0
+
+
+def test_padding_does_not_change_a_row(generator):
+    mel = jax.random.normal(jax.random.key(0), (2, 9, 12))
+    source = jax.random.normal(jax.random.key(1), (2, 9 * SMALL.hop)) * 0.1
+    lengths = jnp.array([5, 9])
+    inside = jnp.arange(9 * SMALL.hop) < lengths[:, None] * SMALL.hop
+    decode = nnx.jit(lambda g, m, s, n: g.decode(m, s, n))
+    both = decode(generator, mel, source * inside, lengths)
+    alone = decode(generator, mel[:1, :5], source[:1, : 5 * SMALL.hop], None)
+    np.testing.assert_allclose(both[:1, : 5 * SMALL.hop], alone, atol=2e-6)
+    assert not both[0, 5 * SMALL.hop :].any()
+
+
+def test_f0_predictor_masks_padding(generator):
+    mel = jax.random.normal(jax.random.key(0), (1, 9, 12))
+    mask = (jnp.arange(9) < 5).astype(jnp.float32)[None, :, None]
+    predict = nnx.jit(lambda g, m, mask: g.f0_predictor(m, mask))
+    f0 = predict(generator, mel, mask)
+    np.testing.assert_allclose(f0[:, :5], predict(generator, mel[:, :5], None), rtol=1e-5)
+    assert not f0[:, 5:].any()
+    assert (f0 >= 0).all()
+
+
+def test_phase_advances_by_f0_and_never_drifts():
+    hop, rate = 4, 1000
+    f0 = jnp.full((1, 2**17), 123.0)
+    phase = np.asarray(jax.jit(source_phase, static_argnums=(1, 2))(f0, hop, rate))[0]
+    n = np.arange(1, 2**17 * hop + 1, dtype=np.float64)
+    drift = np.abs((phase - n * 0.123 + 0.5) % 1.0 - 0.5)
+    assert drift.max() < 0.02  # cycles, after 524 seconds
+
+
+def test_source_is_periodic_where_voiced():
+    config = dataclasses.replace(SMALL, random_phase=False, noise_std=0.0)
+    source = HarmonicSource(config, nnx.Rngs(0))
+    f0 = jnp.concatenate([jnp.full((1, 6), 200.0), jnp.zeros((1, 6))], axis=1)
+    samples = np.asarray(nnx.jit(lambda s, *a: s(*a))(source, f0, jax.random.key(0)))[0]
+    voiced, period = samples[: 6 * config.hop], 16000 // 200
+    np.testing.assert_allclose(voiced[period:], voiced[:-period], atol=1e-4)
+    assert samples[6 * config.hop :].std() > 1e-3
+
+
+def test_every_parameter_learns(generator):
+    mel = jax.random.normal(jax.random.key(0), (1, 6, 12))
+    graph, params = nnx.split(generator)
+
+    def loss(params):
+        model = nnx.merge(graph, params)
+        wave = model(mel, jax.random.key(1), f0=jnp.full((1, 6), 150.0))
+        return jnp.square(wave).sum() + model.f0_predictor(mel).sum()
+
+    grads = [np.abs(g).max() for g in jax.tree.leaves(jax.jit(jax.grad(loss))(params))]
+    assert all(math.isfinite(g) and g > 0 for g in grads)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="same length"):
+        dataclasses.replace(SMALL, upsample_kernels=(11,)).make(nnx.Rngs(0))
+    with pytest.raises(UserError, match="divide"):
+        dataclasses.replace(SMALL, istft_hop=5).make(nnx.Rngs(0))

@@ -1,0 +1,43 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from t5x_audio.vocoder.convolution import length_mask
+from t5x_audio.vocoder.length_regulator import LengthRegulator, interpolation_weights
+
+_weights = jax.jit(interpolation_weights, static_argnums=(2, 3))
+
+
+def test_weights_interpolate_with_half_pixel_centres():
+    pairs = [(n, m) for n in range(1, 13) for m in range(1, 26)]
+    counts, new_counts = (np.array(side) for side in zip(*pairs, strict=True))
+    weights = np.asarray(_weights(counts, new_counts, 14, 27))
+    for (n, m), rows in zip(pairs, weights, strict=True):
+        values = np.random.default_rng(n).standard_normal(n)
+        position = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
+        wanted = np.interp(position, np.arange(n), values)
+        padded = np.pad(values, (0, 14 - n), constant_values=77.0)
+        np.testing.assert_allclose((rows @ padded)[:m], wanted, atol=1e-4)
+        assert not rows[m:].any()
+        np.testing.assert_allclose(rows[:m].sum(1), 1.0, atol=1e-5)
+
+
+def test_prompt_and_rest_do_not_mix():
+    prompts = (jnp.array([5]), jnp.array([8]))
+    weights = _weights(jnp.array([15]), jnp.array([24]), 15, 24, prompts)[0]
+    assert not weights[:8, 5:].any()
+    assert not weights[8:, :5].any()
+    rest = _weights(jnp.array([10]), jnp.array([16]), 10, 16)[0]
+    np.testing.assert_allclose(weights[8:, 5:], rest, atol=1e-6)
+
+
+def test_regulator_is_independent_of_padding():
+    model = LengthRegulator(6, 2, "float32", nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 10, 6))
+    lengths, frames = jnp.array([5, 10]), jnp.array([8, 16])
+    run = nnx.jit(lambda m, *args: m(*args), static_argnums=4)
+    both = run(model, x, lengths, frames, 16, length_mask(frames, 16))
+    alone = run(model, x[:1, :5], lengths[:1], frames[:1], 8, jnp.ones((1, 8, 1)))
+    np.testing.assert_allclose(both[:1, :8], alone, rtol=1e-4, atol=1e-5)
+    assert not both[0, 8:].any()

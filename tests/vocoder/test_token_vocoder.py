@@ -1,0 +1,127 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t5x_audio.errors import UserError
+from t5x_audio.vocoder.conformer import ConformerConfig
+from t5x_audio.vocoder.flow import FlowConfig
+from t5x_audio.vocoder.hift import HiftConfig
+from t5x_audio.vocoder.token_vocoder import TokenVocoder
+from t5x_audio.vocoder.unet import UnetConfig
+
+FLOW = FlowConfig(
+    codebook=30,
+    num_mels=6,
+    speaker_dim=4,
+    sample_rate=16000,
+    hop=240,
+    encoder=ConformerConfig(width=8, num_layers=1, num_heads=2, mlp_dim=16),
+    regulator_layers=1,
+    estimator=UnetConfig(
+        channels=(8,), num_mid_stages=1, num_blocks=1, num_heads=2, head_dim=4, norm_groups=4
+    ),
+    num_steps=2,
+)
+HIFT = HiftConfig(
+    num_mels=6,
+    sample_rate=16000,
+    base_channels=8,
+    num_harmonics=2,
+    upsample_rates=(15,),
+    upsample_kernels=(31,),
+    istft_n_fft=32,
+    istft_hop=16,
+    resblock_kernels=(3,),
+    resblock_dilations=(1,),
+    source_kernels=(3,),
+    f0_channels=8,
+    f0_layers=1,
+)
+SPEAKER = np.array([1.0, -1.0, 0.5, 0.0], np.float32)
+
+
+@pytest.fixture(scope="module")
+def vocoder(build):
+    def wake(flow):
+        kernel = flow.estimator.project.kernel
+        kernel[...] = jax.random.normal(jax.random.key(9), kernel.shape) * 3.0
+
+    def amplify(hift):
+        hift.conv_post.bias[...] += 2.0  # loud: the limiter has work
+
+    flow, hift = build(FLOW, edit=wake), build(HIFT, edit=amplify)
+    return TokenVocoder(flow, hift, bucket_groups=(4, 12))
+
+
+@settings(max_examples=15, deadline=None)
+@given(codes=st.lists(st.integers(0, 29), min_size=5, max_size=60), seed=st.integers(0, 3))
+def test_any_codes_give_finite_samples_in_range(vocoder, codes, seed):
+    samples = vocoder.synthesize(codes, SPEAKER, seed=seed)
+    assert samples.dtype == np.float32
+    assert samples.shape == (len(codes) // 5 * 1920,)
+    assert np.isfinite(samples).all() and np.abs(samples).max() <= 1.0
+
+
+def test_same_seed_same_samples_and_tail_is_dropped(vocoder):
+    codes = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    first = vocoder.synthesize(codes, SPEAKER, seed=1)
+    np.testing.assert_array_equal(first, vocoder.synthesize([*codes, 11, 12], SPEAKER, seed=1))
+    assert np.abs(first - vocoder.synthesize(codes, SPEAKER, seed=2)).max() > 0
+
+
+def test_prompt_is_not_part_of_the_output(vocoder):
+    mel = np.full((20, 6), -5.0, np.float32)
+    samples = vocoder.synthesize(
+        [1, 2, 3, 4, 5], SPEAKER, prompt_codes=list(range(10)), prompt_mel=mel
+    )
+    assert samples.shape == (1920,)
+
+
+def test_vocode_matches_synthesize(vocoder):
+    codes = list(range(15))
+    mel = vocoder.mel(codes, SPEAKER, seed=3)
+    assert mel.shape == (24, 6)
+    samples = vocoder.synthesize(codes, SPEAKER, seed=3)
+    np.testing.assert_allclose(vocoder.vocode(mel, seed=3), samples, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        ([], "0 codes"),
+        ([1, 2, 3, 4], "4 codes"),
+        ([1, 2, 3, 4, 30], "30 is outside"),
+        ([1, 2, -1, 4, 5], "-1 is outside"),
+        ([[1, 2, 3, 4, 5]], "flat list"),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], "whole numbers"),
+    ],
+)
+def test_bad_codes_are_named(vocoder, codes, message):
+    with pytest.raises(UserError, match=message):
+        vocoder.synthesize(codes, SPEAKER)
+
+
+def test_bad_speaker_prompt_and_mel_are_named(vocoder):
+    codes = [1, 2, 3, 4, 5]
+    with pytest.raises(UserError, match="speaker embedding"):
+        vocoder.synthesize(codes, SPEAKER[:3])
+    with pytest.raises(UserError, match="speaker embedding"):
+        vocoder.synthesize(codes, SPEAKER * np.nan)
+    with pytest.raises(UserError, match="both"):
+        vocoder.synthesize(codes, SPEAKER, prompt_codes=codes)
+    with pytest.raises(UserError, match="prompt_mel"):
+        vocoder.synthesize(codes, SPEAKER, prompt_codes=codes, prompt_mel=np.zeros((7, 6)))
+    with pytest.raises(UserError, match="mel: shape"):
+        vocoder.vocode(np.zeros((0, 6)))
+    with pytest.raises(UserError, match="not finite"):
+        vocoder.vocode(np.full((3, 6), np.nan))
+
+
+def test_models_of_different_mels_are_refused(build):
+    flow, other = build(FLOW), build(dataclasses.replace(HIFT, num_mels=8))
+    with pytest.raises(UserError, match="disagree on num_mels"):
+        TokenVocoder(flow, other)
