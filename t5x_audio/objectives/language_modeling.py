@@ -2,8 +2,8 @@
 
 Plain cross-entropy is what the published stages presumably minimise (no weighting is stated:
 Step-Audio, arXiv 2502.11946, section 4); which targets count is said by the weights of the batch
-(arXiv 2506.08967, eq. 1: the response). z-loss, z * log(sum exp logits)^2, keeps the logits' scale from
-drifting (PaLM, arXiv 2204.02311, section 5); off by default.
+(arXiv 2506.08967, eq. 1: the response). z-loss, z * log(sum exp logits)^2, keeps the logits'
+scale from drifting (PaLM, arXiv 2204.02311, section 5); off by default.
 
 Choice: the logits of all positions (vocabulary x tokens) are the largest array of a step, so they
 exist one chunk at a time; where gradients are wanted they are formed together with the loss, while

@@ -1,0 +1,117 @@
+"""Chunked cross-entropy against the whole one differentiated by JAX; the metrics by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from t5x_audio.backbone.transformer import TransformerConfig
+from t5x_audio.objectives import language_modeling
+from t5x_audio.objectives.language_modeling import LanguageModeling, cross_entropy
+
+BATCH, LENGTH, EMBED, VOCAB = 2, 12, 8, 20
+
+
+def whole(hidden, kernel, targets, weights, z_loss):
+    logits = hidden @ kernel
+    normaliser = jax.nn.logsumexp(logits, -1)
+    losses = -jax.nn.log_softmax(logits)[jnp.arange(BATCH)[:, None], jnp.arange(LENGTH), targets]
+    return jnp.sum(weights * (losses + z_loss * normaliser**2)), losses
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_value_and_gradients(monkeypatch, z_loss, chunk):
+    monkeypatch.setattr(language_modeling, "_CHUNK", chunk)
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (BATCH, LENGTH, EMBED))
+    kernel = jax.random.normal(keys[1], (EMBED, VOCAB))
+    targets = jax.random.randint(keys[2], (BATCH, LENGTH), 0, VOCAB)
+    weights = jax.random.uniform(keys[3], (BATCH, LENGTH)) * (targets > 3)
+
+    def ours(hidden, kernel):
+        total, (losses, _) = cross_entropy(hidden, kernel, targets, weights, z_loss)
+        return 3 * total, losses
+
+    def theirs(hidden, kernel):
+        total, losses = whole(hidden, kernel, targets, weights, z_loss)
+        return 3 * total, losses
+
+    def gradient(function):
+        return jax.jit(jax.value_and_grad(function, (0, 1), has_aux=True))
+
+    got, want = gradient(ours)(hidden, kernel), gradient(theirs)(hidden, kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+    np.testing.assert_allclose(jax.jit(ours)(hidden, kernel)[0], want[0][0], rtol=1e-5)
+
+
+@functools.cache
+def model():
+    return TransformerConfig(
+        num_layers=1, embed=8, mlp=8, num_heads=2, num_kv_heads=1, head_dim=4, vocab_size=VOCAB,
+        init_std=0.5, dtype="float32", remat="none",
+    ).make(nnx.Rngs(0))  # fmt: skip
+
+
+def evaluate(objective, data):
+    """(loss, metrics) in one compiled program per objective."""
+    graphdef, state = nnx.split(model())
+    return _evaluate(graphdef, objective)(state, data)
+
+
+@functools.cache
+def _evaluate(graphdef, objective):
+    return jax.jit(lambda state, data: objective(nnx.merge(graphdef, state), data, None, False))
+
+
+def batch():
+    rng = np.random.default_rng(1)
+    weights = np.ones((BATCH, LENGTH), np.float32)
+    weights[0, :5] = 0
+    return {
+        "tokens": rng.integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32),
+        "targets": rng.integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32),
+        "weights": weights,
+        "segment_ids": np.ones((BATCH, LENGTH), np.int32),
+        "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1)),
+    }
+
+
+def test_metrics():
+    data = batch()
+    objective = LanguageModeling(text_size=8, linguistic_size=4, semantic_size=6)
+    loss, metrics = evaluate(objective, data)
+    graphdef, state = nnx.split(model())
+    logits = np.asarray(jax.jit(lambda s: nnx.merge(graphdef, s)(data["tokens"]))(state))
+    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    losses = -np.take_along_axis(log_probs, data["targets"][..., None], -1)[..., 0]
+    weights = data["weights"]
+    np.testing.assert_allclose(loss, (losses * weights).sum() / weights.sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], loss, rtol=1e-5)
+    right = (logits.argmax(-1) == data["targets"]) * weights
+    np.testing.assert_allclose(metrics["accuracy"], (right.sum(), weights.sum()))
+    np.testing.assert_allclose(metrics["tokens"][0], weights.sum())
+    for stream, (start, stop) in {
+        "text": (0, 8), "linguistic": (8, 12), "semantic": (12, 18),
+    }.items():  # fmt: skip
+        counted = weights * ((data["targets"] >= start) & (data["targets"] < stop))
+        expected = ((losses * counted).sum(), counted.sum())
+        np.testing.assert_allclose(metrics[f"loss_{stream}"], expected, rtol=1e-5)
+
+
+def test_targets_without_weight_do_not_count():
+    data = batch()
+    changed = data | {"targets": np.where(data["weights"] > 0, data["targets"], 0)}
+    objective = LanguageModeling()
+    np.testing.assert_allclose(evaluate(objective, data)[0], evaluate(objective, changed)[0])
+
+
+def test_a_batch_of_padding_is_no_nan():
+    data = batch()
+    data["weights"] = np.zeros_like(data["weights"])
+    loss, metrics = evaluate(LanguageModeling(), data)
+    assert float(loss) == 0
+    assert float(metrics["loss"][1]) == 0
