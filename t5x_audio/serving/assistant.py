@@ -33,7 +33,7 @@ from t5x_audio.vocoder.token_vocoder import TokenVocoder
 PUBLISHED_SAMPLING = decoding.Sampling(temperature=0.7, top_p=0.9)  # stepaudio.py
 TIMINGS = ("tokenise", "first_block", "first_audio", "total")
 # Padded lengths of the vocoder in groups of 0.12 s; the first is the first block of an answer.
-_VOCODER_GROUPS = (3, 8, 16, 32, 64, 128, 256)
+VOCODER_GROUPS = (3, 8, 16, 32, 64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class SpokenAssistant:
         vocoder = TokenVocoder(
             checkpoints.load_model(root.flow),
             checkpoints.load_model(root.hift, "generator"),
-            _VOCODER_GROUPS,
+            VOCODER_GROUPS,
         )
         return cls(vocabulary, tokenizer, decoder, vocoder, answer_voice(root), **options)
 

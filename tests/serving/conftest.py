@@ -14,6 +14,8 @@ from t5x_audio.backbone.transformer import TransformerConfig
 from t5x_audio.data import corpus, lm_reader, records
 from t5x_audio.sequences.layouts import Layouts
 from t5x_audio.sequences.vocabulary import Vocabulary, train_sentencepiece
+from t5x_audio.serving.assistant import SpokenAssistant
+from t5x_audio.serving.model_dir import RunDirectory
 from t5x_audio.tokenizers.dual_codebook import DualCodebookTokenizer, merge
 from t5x_audio.tokenizers.linguistic import LinguisticTokenizerConfig
 from t5x_audio.tokenizers.sanm import SanmConfig
@@ -173,3 +175,24 @@ def run_dir(tmp_path_factory) -> pathlib.Path:
     write_backbone(root, vocabulary)
     write_vocoder(root, codes)
     return root
+
+
+@pytest.fixture(scope="session")
+def parts(run_dir) -> dict:
+    """What an assistant is made of, loaded once, with few shapes to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("t5x_audio.serving.assistant.VOCODER_GROUPS", (3, 32))
+        assistant = SpokenAssistant.load(run_dir)
+    names = ("vocabulary", "tokenizer", "decoder", "vocoder", "voice")
+    return {name: getattr(assistant, name) for name in names}
+
+
+@pytest.fixture
+def loaded(parts, monkeypatch) -> None:
+    """`SpokenAssistant.load` checks the run but takes `parts`, so that nothing compiles twice."""
+
+    def load(run_dir, **options):
+        RunDirectory(run_dir).check()
+        return SpokenAssistant(**parts, **options)
+
+    monkeypatch.setattr(SpokenAssistant, "load", load)

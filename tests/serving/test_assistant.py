@@ -10,8 +10,8 @@ SPEECH = (0.3 * np.sin(np.arange(12000) / 11)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
-def assistant(run_dir):
-    return SpokenAssistant.load(run_dir, max_new_tokens=120, seed=3)
+def assistant(parts):
+    return SpokenAssistant(**parts, max_new_tokens=120, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,8 @@ def test_typed_question(assistant):
     assert len(answer.codes) % 5 == 0
 
 
-def test_batch_answers_like_one_by_one(assistant):
-    parts = ("vocabulary", "tokenizer", "decoder", "vocoder", "voice")
-    parts = [getattr(assistant, name) for name in parts]
-    greedy = SpokenAssistant(*parts, sampling=Sampling(temperature=0), max_new_tokens=50)
+def test_batch_answers_like_one_by_one(parts):
+    greedy = SpokenAssistant(**parts, sampling=Sampling(temperature=0), max_new_tokens=50)
     questions = [SPEECH, SPEECH[:9000]]
     batch = greedy.answer_batch(questions, batch_size=3)
     assert len(batch) == 2

@@ -34,9 +34,17 @@ def _evaluate(root, **settings):
 
 
 @pytest.fixture(scope="module")
-def evaluated(run_dir, tmp_path_factory):
-    root = shutil.copytree(run_dir, tmp_path_factory.mktemp("evaluated") / "run")
-    return root, _evaluate(root)
+def _kept():
+    return {}
+
+
+@pytest.fixture
+def evaluated(loaded, run_dir, tmp_path_factory, _kept):
+    """A run and its figures; evaluated once."""
+    if not _kept:
+        root = shutil.copytree(run_dir, tmp_path_factory.mktemp("evaluated") / "run")
+        _kept["run"] = root, _evaluate(root)
+    return _kept["run"]
 
 
 def test_results(evaluated):

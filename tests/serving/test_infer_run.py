@@ -15,7 +15,7 @@ def _infer(*arguments) -> int:
     return launch.launch("t5x_audio.infer", infer.__doc__, arguments, infer.add_flags)
 
 
-def test_spoken_question_of_another_rate(run_dir, tmp_path, capsys):
+def test_spoken_question_of_another_rate(loaded, run_dir, tmp_path, capsys):
     question, output = tmp_path / "question.flac", tmp_path / "made" / "answer.wav"
     soundfile.write(question, STEREO, 22050)
     code = _infer(f"--model_dir={run_dir}", f"--input={question}", f"--output={output}", "--json")
@@ -28,7 +28,7 @@ def test_spoken_question_of_another_rate(run_dir, tmp_path, capsys):
     assert result["text"] in printed.err and result["tokens_per_second"] > 0
 
 
-def test_typed_question(run_dir, tmp_path, capsys, monkeypatch):
+def test_typed_question(loaded, run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert _infer(f"--model_dir={run_dir}", "--text=what is up", "--seed=1") == 0
     assert (tmp_path / "answer.wav").exists()
