@@ -79,7 +79,7 @@ class SemanticCtc:
 
     Attributes:
       spec_augment: masks for training; None = off.
-      commitment_weight: of the commitment loss.
+      commitment_weight: of the commitment loss, once quantisation has set in.
     """
 
     spec_augment: SpecAugment | None = None
@@ -93,11 +93,13 @@ class SemanticCtc:
             features = self.spec_augment(mask_rng, features, lengths)
         hidden, lengths = model.hidden(features, lengths)
         valid = jnp.arange(hidden.shape[1]) < lengths[:, None]
+        # No pull towards codes that the network does not use yet.
+        weight = self.commitment_weight * model.quantizer.share_quantised()
         quantised, codes, commitment = model.quantizer(hidden, valid, revival_rng, train)
         loss, metrics = ctc(model.logits(quantised, lengths), lengths, batch, with_errors=not train)
         metrics |= codebook_metrics(codes, valid, model.config.codebook_size)
         metrics["commitment"] = (commitment, jnp.float32(1))
-        return loss + self.commitment_weight * commitment, metrics
+        return loss + weight * commitment, metrics
 
 
 def energy_normalize(audio: jax.Array) -> jax.Array:

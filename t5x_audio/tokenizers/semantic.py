@@ -22,6 +22,7 @@ from t5x_audio.tokenizers.vector_quantizer import VectorQuantizer
 
 LOG_MEL = audio_features.WhisperMelConfig()
 MAX_FRAMES = 1500  # of 40 ms would be 60 s; the published table is Whisper's
+POSITION_SCALE = 0.1  # of the initial table: codes should tell sounds apart, not places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class SemanticTokenizerConfig:
       text_size: outputs of the CTC head (0 is the blank); 0 = no head.
       codebook_decay: of the moving averages.
       revival_share: a code that wins less than this part of an even share is moved.
+      quantizer_warmup_steps: training steps over which quantisation sets in.
       dtype: compute type of the matrix products.
       scan_unroll: blocks unrolled in the compiled scan; all of them is fastest for a small model.
     """
@@ -49,6 +51,7 @@ class SemanticTokenizerConfig:
     text_size: int = 65536
     codebook_decay: float = 0.99
     revival_share: float = 0.05
+    quantizer_warmup_steps: int = 0
     dtype: str = "float32"
     scan_unroll: int = 1
 
@@ -74,7 +77,7 @@ class SemanticTokenizer(nnx.Module):
         self.conv1 = whisper.StridedConvolution(LOG_MEL.num_mels, c.width, c.dtype, rngs)
         self.conv2 = whisper.StridedConvolution(c.width, c.width, c.dtype, rngs)
         self.positions = nnx.Param(
-            whisper.sinusoids(MAX_FRAMES, c.width), logical_axes=(None, "embed")
+            POSITION_SCALE * whisper.sinusoids(MAX_FRAMES, c.width), logical_axes=(None, "embed")
         )
         blocks = whisper.BlockConfig(c.width, c.num_heads, c.mlp_dim, c.dtype, c.scan_unroll)
         self.blocks = whisper.Blocks(c.num_layers, blocks, rngs)
@@ -84,6 +87,7 @@ class SemanticTokenizer(nnx.Module):
             rngs,
             decay=c.codebook_decay,
             revival_share=c.revival_share,
+            warmup_steps=c.quantizer_warmup_steps,
         )
         if c.num_supervision_layers:
             self.supervision = whisper.Blocks(c.num_supervision_layers, blocks, rngs)
@@ -114,8 +118,8 @@ class SemanticTokenizer(nnx.Module):
     def logits(self, quantised: jax.Array, lengths: jax.Array) -> jax.Array:
         """CTC logits float32 [B, M, text_size] of quantised features [B, M, width]."""
         length, width = quantised.shape[1:]
-        # Unit vectors are scaled to unit variance, as a residual stream expects.
-        x = quantised * width**0.5 + whisper.sinusoids(length, width)
+        x = self.quantizer.standardize(quantised)
+        x = x + POSITION_SCALE * whisper.sinusoids(length, width)
         if self.config.num_supervision_layers:
             x = self.supervision(x, valid_frames(lengths, length))
         return self.head(self.head_norm(x)).astype(jnp.float32)

@@ -5,6 +5,10 @@ follows the features it wins (van den Oord et al., arXiv 1711.00937, appendix A)
 straight through, a commitment loss holds the features near their codes, and a code that wins far
 less than an even share is moved onto a random feature of the batch (as in Jukebox, arXiv
 2005.00341, section 3.2). A fresh codebook therefore settles on the data in its first batch.
+
+Quantisation can set in gradually: during the warm-up an utterance passes quantised with a chance
+that grows from 0 to 1, so that the features learn what to say before they are forced into codes.
+CosyVoice has the same effect from inserting its quantiser into a trained recogniser.
 """
 
 import flax.nnx as nnx
@@ -24,6 +28,7 @@ class VectorQuantizer(nnx.Module):
     Attributes:
       codes: [K, D], of unit length.
       counts, sums: moving averages of how many features a code wins [K], and of their sum [K, D].
+      steps: training calls so far, float32 [].
     """
 
     def __init__(
@@ -34,9 +39,11 @@ class VectorQuantizer(nnx.Module):
         *,
         decay: float = 0.99,
         revival_share: float = 0.05,
+        warmup_steps: int = 0,
     ):
         """Starts from random codes; `revival_share` is of an even share of the wins."""
-        self.decay, self.revival_share = decay, revival_share
+        self.decay, self.revival_share, self.warmup_steps = decay, revival_share, warmup_steps
+        self.steps = Codebook(jnp.zeros(()))
         codes = normalize(jax.random.normal(rngs.params(), (num_codes, dim)))
         self.codes = Codebook(codes)
         self.counts = Codebook(jnp.zeros(num_codes))
@@ -52,15 +59,17 @@ class VectorQuantizer(nnx.Module):
         Args:
           features: [B, T, D].
           valid: bool [B, T].
-          rng: for the revival of dead codes; needed when `train`.
-          train: update the codebook from this batch.
+          rng: for the revival of dead codes and the warm-up; needed when `train`.
+          train: update the codebook from this batch; during the warm-up leave some utterances
+            as they are.
 
         Returns:
-          (quantised float32 [B, T, D] of unit length, codes int32 [B, T], commitment loss []: the
-          mean squared distance of the normalised features to their codes).
+          (quantised float32 [B, T, D] of unit length, codes int32 [B, T], commitment []: the mean
+          squared distance of the normalised features to their codes).
         """
         features = normalize(features)
         if train:
+            rng, mask_rng = jax.random.split(rng)
             # First revive, then quantise: even the first batch meets codes that fit it.
             self._revive(features, valid, rng)
         codes = kmeans.nearest(jax.lax.stop_gradient(features), self.codes[...])
@@ -70,7 +79,28 @@ class VectorQuantizer(nnx.Module):
         distance = jnp.sum(jnp.square(features - jax.lax.stop_gradient(chosen)), axis=-1)
         weight = valid.astype(jnp.float32)
         commitment = jnp.sum(distance * weight) / jnp.maximum(jnp.sum(weight), 1.0)
-        return features + jax.lax.stop_gradient(chosen - features), codes, commitment
+        quantised = features + jax.lax.stop_gradient(chosen - features)
+        if train:
+            passed = jax.random.uniform(mask_rng, (len(features), 1, 1)) >= self.share_quantised()
+            quantised = jnp.where(passed, features, quantised)
+            self.steps[...] = self.steps[...] + 1
+        return quantised, codes, commitment
+
+    def standardize(self, quantised: jax.Array) -> jax.Array:
+        """Quantised [..., D] -> zero mean and unit variance by the codes in use, float32.
+
+        Unit vectors share a large common part; what tells them apart should not be the small rest.
+        """
+        weight = self.counts[...] / jnp.maximum(jnp.sum(self.counts[...]), 1e-12)
+        mean = weight @ self.codes[...]
+        variance = weight @ jnp.mean(jnp.square(self.codes[...] - mean), axis=-1)
+        return (quantised - mean) * jax.lax.rsqrt(variance + 1e-6)
+
+    def share_quantised(self) -> jax.Array:
+        """Chance [] that a training utterance is quantised at this step: 0 to 1 in the warm-up."""
+        if not self.warmup_steps:
+            return jnp.ones(())
+        return jnp.minimum(self.steps[...] / self.warmup_steps, 1.0)
 
     def _follow(self, features, codes, valid):
         """Moves the statistics and codes towards the batch."""

@@ -6,7 +6,9 @@ head_dim^-0.25, layer norms have epsilon 1e-5, positions are a table that starts
 
 Choices: the convolution of kernel 3 and stride 2 is a matrix product over gathered frames (three
 inputs per output): its gradient is then a matrix product too, fast on any device. Blocks are
-stacked and scanned.
+stacked and scanned. Training from scratch starts with the frames themselves dominating the
+residual stream (strong convolutions, weak block outputs): a quantiser of normalised features at its
+end would otherwise see one common direction and little else.
 """
 
 import dataclasses
@@ -17,6 +19,8 @@ import jax.numpy as jnp
 
 KERNEL = 3
 STRIDE = 2
+CONVOLUTION_GAIN = 2.0  # of the initial weights, over the variance-preserving ones
+BLOCK_OUTPUT_GAIN = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,9 @@ class StridedConvolution(nnx.Module):
     def __init__(self, n_in: int, n_out: int, dtype: str, rngs: nnx.Rngs):
         """Kernel [3, in, out] and bias [out]."""
         self.dtype = dtype
-        init = nnx.initializers.lecun_normal(in_axis=(0, 1))
+        init = nnx.initializers.variance_scaling(
+            CONVOLUTION_GAIN**2, "fan_in", "truncated_normal", in_axis=(0, 1)
+        )
         self.kernel = nnx.Param(
             init(rngs.params(), (KERNEL, n_in, n_out)), logical_axes=(None, None, "embed")
         )
@@ -78,10 +84,9 @@ class Block(nnx.Module):
         self.config = config
         dtype, width = jnp.dtype(config.dtype), config.width
 
-        def linear(n_in, n_out, axes, use_bias=True):
-            kernel = nnx.with_metadata(
-                nnx.initializers.lecun_normal(), logical_axes=("layers", *axes)
-            )
+        def linear(n_in, n_out, axes, use_bias=True, gain=1.0):
+            init = nnx.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal")
+            kernel = nnx.with_metadata(init, logical_axes=("layers", *axes))
             bias = nnx.with_metadata(
                 nnx.initializers.zeros_init(), logical_axes=("layers", axes[-1])
             )
@@ -104,9 +109,9 @@ class Block(nnx.Module):
         self.query = linear(width, width, ("embed", "heads"))
         self.key = linear(width, width, ("embed", "heads"), use_bias=False)
         self.value = linear(width, width, ("embed", "heads"))
-        self.out = linear(width, width, ("heads", "embed"))
+        self.out = linear(width, width, ("heads", "embed"), gain=BLOCK_OUTPUT_GAIN)
         self.up = linear(width, config.mlp_dim, ("embed", "mlp"))
-        self.down = linear(config.mlp_dim, width, ("mlp", "embed"))
+        self.down = linear(config.mlp_dim, width, ("mlp", "embed"), gain=BLOCK_OUTPUT_GAIN)
 
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """Frames [B, T, width], valid bool [B, T] -> [B, T, width]."""

@@ -40,8 +40,8 @@ def test_codes_come_every_60_ms_and_ignore_padding(model):
 
 def test_codes_are_the_nearest_centres(model):
     x, n = audio(8000), jnp.array([8000])
-    hidden, counts = model.encode_frames(x, n)
-    codes, _ = model.encode(x, n)
+    hidden, counts = jax.jit(lambda x, n: model.encode_frames(x, n))(x, n)
+    codes, _ = jax.jit(lambda x, n: model.encode(x, n))(x, n)
     distance = np.linalg.norm(np.asarray(hidden)[:, :, None] - model.codebook[...], axis=-1)
     np.testing.assert_array_equal(codes[0, : counts[0]], distance.argmin(-1)[0, : counts[0]])
 

@@ -89,3 +89,27 @@ def test_padding_teaches_nothing():
     np.testing.assert_allclose(loss_one, loss_two, rtol=1e-6)
     np.testing.assert_allclose(one.codes[...], two.codes[...], atol=1e-6)
     assert float(one.counts[...].sum()) <= 24
+
+
+def test_quantisation_sets_in_over_the_warm_up():
+    model = quantizer(warmup_steps=4)
+    x, valid = features(batch=40, length=3), jnp.ones((40, 3), bool)
+    shares = []
+    for step in range(6):
+        out, codes, _ = model(x, valid, jax.random.key(step), train=True)
+        passed = np.isclose(out, vector_quantizer.normalize(x), atol=1e-6).all(axis=(1, 2))
+        shares.append(1 - passed.mean())
+    assert shares[0] == 0.0 and shares[4] == shares[5] == 1.0
+    assert 0.2 < shares[2] < 0.8
+    out, codes, _ = model(x, valid)
+    np.testing.assert_allclose(out, jnp.take(model.codes[...], codes, axis=0), atol=1e-6)
+
+
+def test_standardised_codes_have_zero_mean_and_unit_variance():
+    model, x = quantizer(decay=0.0), features() + jnp.array([5.0, 0, 0, 0, 0, 0])
+    for step in range(3):
+        out, _, _ = model(x, ALL, jax.random.key(step), train=True)
+    # The counts are those of the last batch, whose codes moved a little after it was quantised.
+    standard = model.standardize(jnp.take(model.codes[...], model.encode(x), axis=0))
+    assert np.abs(np.asarray(standard.mean((0, 1)))).max() < 0.2
+    np.testing.assert_allclose(jnp.mean(jnp.square(standard)), 1.0, atol=0.2)
