@@ -102,9 +102,9 @@ def _lead(root: pathlib.Path, results: Mapping[str, Any]) -> str:
     if not count:
         return f"The run {root.name}, as far as it has come; it has not been evaluated yet."
     return (
-        f"The run {root.name}: every part of an end-to-end audio language model, trained from "
-        f"scratch and then asked {count} spoken questions that it had never seen, in a voice that "
-        "it had never heard."
+        f"The run {root.name}: tokenizers, language model and vocoder were trained from scratch, "
+        f"then asked {count} spoken questions that they had never seen, in a voice that they had "
+        "never heard."
     )
 
 

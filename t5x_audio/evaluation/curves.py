@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from t5x_audio.training.metrics import read_metrics
 
-MAX_POINTS = 240  # more do not show in a chart 340 units wide, and would make the page heavy
+MAX_POINTS = 200  # more do not show in a chart 256 units wide, and would make the page heavy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     ]
 
 
-def draw(series: Sequence[Series], *, label: str, width: int = 340, height: int = 190) -> str:
+def draw(series: Sequence[Series], *, label: str, width: int = 256, height: int = 160) -> str:
     """One chart as an `<svg>` element.
 
     Args:
@@ -123,9 +123,8 @@ class _Frame:
         clear = [v for one in series for v in (_smooth(one) if one.name == "train" else one.values)]
         low, high = min(clear), max(clear)
         margin = 0.05 * (high - low) or 0.5 * abs(high) or 1.0
-        x0, x1 = min(steps), max(steps)
-        return cls(x0, x1 if x1 > x0 else x0 + 1, low - margin, high + margin,
-                   40, width - 8, 10, height - 24)  # fmt: skip
+        x0, x1 = min(0, *steps), max(1, *steps)
+        return cls(x0, x1, low - margin, high + margin, 36, width - 6, 8, height - 22)
 
     def x(self, step: float) -> float:
         return self.left + (step - self.x0) / (self.x1 - self.x0) * (self.right - self.left)
@@ -150,6 +149,9 @@ def _shape(one: Series, frame: _Frame) -> str:
         )
         line = f'<path d="{frame.path(one.steps, one.values)}"/>' if len(points) > 1 else ""
         return f'<g class="held-out">{line}{dots}</g>'
+    if len(one.steps) == 1:
+        x, y = frame.x(one.steps[0]), frame.y(one.values[0])
+        return f'<circle class="single" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>'
     return (
         f'<path class="raw" d="{frame.path(one.steps, one.values)}"/>'
         f'<path class="mean" d="{frame.path(one.steps, _smooth(one))}"/>'
@@ -178,7 +180,7 @@ def _grid(frame: _Frame) -> str:
         f'<text x="{frame.x(tick):.1f}" y="{frame.bottom + 16}" text-anchor="middle">'
         f"{_short(tick)}</text>"
         for tick in nice_ticks(frame.x0, frame.x1, 5)
-        if frame.x(tick) < frame.right - 8
+        if tick == round(tick)
     ]
     return "".join(rows + columns)
 

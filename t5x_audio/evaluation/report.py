@@ -16,6 +16,7 @@ import numpy as np
 from t5x_audio.evaluation import curves, spectrogram
 from t5x_audio.evaluation.report_style import SCRIPT, STYLE
 
+_LOSS_WORDS = {"loss", "ctc", "nll", "commitment", "l1", "mse", "adversarial", "matching", "error"}
 SPECTROGRAM_COLOUR = (24, 74, 92)
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
 _POLICY += "img-src data:; media-src data:"
@@ -233,8 +234,7 @@ def _stage_curves(stage: Stage) -> str:
 
 def is_loss(name: str) -> bool:
     """Whether a metric is something that is minimised, going by its name."""
-    parts = name.lower().replace("/", "_").split("_")
-    return any(part in ("loss", "ctc", "nll", "commitment") for part in parts)
+    return not _LOSS_WORDS.isdisjoint(name.lower().replace("/", "_").split("_"))
 
 
 def _chart(stage: str, name: str, series: Sequence[curves.Series]) -> str:

@@ -78,8 +78,8 @@ td small{display:block;color:var(--soft);font-size:.78rem;max-width:30rem}
 tr.strong td{font-weight:600}
 .bar{display:block;height:.4rem;border-radius:.2rem;background:var(--accent);min-width:1px}
 td.barcell{width:38%;text-align:left}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,17rem),1fr));
-gap:1.2rem 1.4rem;margin:.6rem 0 1rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,12.8rem),1fr));
+gap:1.2rem 1.2rem;margin:.6rem 0 1rem}
 .charts figure{margin:0;position:relative;min-width:0}
 .charts figcaption{font-size:.8rem;color:var(--soft)}
 .chart{width:100%;height:auto;display:block;overflow:visible}
@@ -89,6 +89,7 @@ gap:1.2rem 1.4rem;margin:.6rem 0 1rem}
 .chart .raw{stroke:var(--accent);stroke-width:1;opacity:.28}
 .chart .mean{stroke:var(--accent);stroke-width:1.9}
 .chart .held-out path{stroke:var(--eval);stroke-width:1;opacity:.6;stroke-dasharray:2 3}
+.chart .single{fill:var(--accent)}
 .chart .held-out circle{fill:var(--eval)}
 .chart .cursor{stroke:var(--soft);stroke-width:1}
 .tip{position:absolute;top:1.4rem;right:0;font:.75rem/1.45 var(--sans);background:var(--card);

@@ -74,6 +74,12 @@ def test_empty_report_renders():
     assert "<h1>A title</h1>" in report.render(empty)
 
 
+def test_losses_are_known_by_name():
+    names = ("loss", "loss_text", "ctc_loss", "mel_l1", "velocity_mse", "token_error_rate")
+    assert all(map(report.is_loss, names))
+    assert not any(map(report.is_loss, ("accuracy", "learning_rate", "codebook_usage")))
+
+
 @pytest.mark.parametrize(
     "seconds, text", [(0.42, "0.42 s"), (17.2, "17 s"), (185, "3 min 05 s"), (3720, "1 h 02 min")]
 )
@@ -122,7 +128,7 @@ def test_chart_covers_the_values():
     points = [tuple(map(float, p.split(","))) for p in mean.split("L")]
     assert len(points) <= curves.MAX_POINTS
     assert points[0][1] < points[-1][1]  # falling loss: downwards = larger y
-    assert all(0 <= x <= 340 and 0 <= y <= 190 for x, y in points)
+    assert all(0 <= x <= 256 and 0 <= y <= 160 for x, y in points)
 
 
 @given(
