@@ -169,7 +169,7 @@ def run_stages(stages, size: str, run_dir: str, extra: list[str], again: bool, d
         ledger.add(stage, argv, time.monotonic() - begun)
     if not dry:
         minutes = (time.monotonic() - started) / 60
-        print(f"done: {run_dir}/report.html  minutes={minutes:.1f}", flush=True)
+        print(f"done: {run_dir}/{stages[-1].output} minutes={minutes:.1f}", flush=True)
     return 0
 
 
