@@ -60,7 +60,7 @@ demo tiny: env voice
 	@$(BIN)/python -m t5x_audio.life --size=$@
 
 test: env voice
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: env
 	@$(BIN)/ruff format --check .
