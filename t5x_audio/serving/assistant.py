@@ -196,7 +196,7 @@ class SpokenAssistant:
         """The answer of whole tokens, without sound; an incomplete last group is dropped."""
         text, codes = self.layouts.decode_aqaa_answer(tokens)
         return Answer(
-            text=self.vocabulary.decode_text(text).strip(),
+            text=" ".join(self.vocabulary.decode_text(text).split()),
             audio=np.zeros(0, np.float32),
             rate=self.rate,
             codes=codes[: len(codes) // GROUP_SIZE * GROUP_SIZE],
