@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -17,7 +18,7 @@ CONFIG = FlowConfig(
     speaker_dim=4,
     sample_rate=16000,
     hop=240,
-    encoder=ConformerConfig(width=8, num_layers=1, num_heads=2, mlp_dim=16, dropout=0.1),
+    encoder=ConformerConfig(width=8, num_layers=1, num_heads=2, mlp_dim=16, dropout=0.0),
     regulator_layers=1,
     estimator=UnetConfig(
         channels=(8,), num_mid_stages=1, num_blocks=1, num_heads=2, head_dim=4, norm_groups=4
@@ -51,34 +52,37 @@ def test_a_zero_velocity_costs_the_energy_of_the_target(batch):
     np.testing.assert_allclose(loss, power + 1.0, rtol=0.15)
 
 
-def test_padding_does_not_change_the_loss_much(batch):
+def test_what_lies_in_the_padding_does_not_matter(batch):
     model = _make()
-    padded = dict(batch)
-    padded["audio"] = jnp.pad(batch["audio"], ((0, 0), (0, 4000)), constant_values=0.7)
-    padded["codes"] = jnp.pad(batch["codes"], ((0, 0), (0, 10)), constant_values=3)
-    one, _ = _evaluate(model, batch)
-    two, metrics = _evaluate(model, padded)
-    assert float(metrics["velocity_mse"][1]) == 48 * 6
-    np.testing.assert_allclose(one, two, rtol=0.15)  # other noise is drawn for other shapes
+    model.estimator.project.kernel[...] += 0.3
+    dirty = dict(batch)
+    beyond = np.arange(4000) >= np.asarray(batch["audio_lengths"])[:, None]
+    dirty["audio"] = jnp.where(beyond, 0.7, batch["audio"])
+    beyond = np.arange(10) >= np.asarray(batch["code_lengths"])[:, None]
+    dirty["codes"] = jnp.where(beyond, 29, batch["codes"])
+    np.testing.assert_allclose(_evaluate(model, batch)[0], _evaluate(model, dirty)[0], rtol=1e-5)
 
 
 def test_training_lowers_the_loss(batch):
     graph, params = nnx.split(_make())
 
+    adam = optax.adam(1e-2)
+
     @jax.jit
-    def step(params, rng):
+    def step(params, moments, rng):
         def loss(params):
             return OBJECTIVE(nnx.merge(graph, params), batch, rng, True)[0]
 
         value, grads = jax.value_and_grad(loss)(params)
-        return jax.tree.map(lambda p, g: p - 0.02 * g, params, grads), value
+        updates, moments = adam.update(grads, moments)
+        return optax.apply_updates(params, updates), moments, value
 
-    losses = []
-    for i in range(40):
-        params, value = step(params, jax.random.key(i))
+    moments, losses = adam.init(params), []
+    for _ in range(60):
+        params, moments, value = step(params, moments, jax.random.key(1))
         losses.append(float(value))
     assert np.isfinite(losses).all()
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_prefix_is_short_and_in_about_half_of_the_rows():

@@ -19,7 +19,7 @@ SMALL = FlowConfig(
     encoder=ConformerConfig(width=8, num_layers=1, num_heads=2, mlp_dim=16, dropout=0.0),
     regulator_layers=1,
     estimator=UnetConfig(
-        channels=(8, 8), num_mid_stages=1, num_blocks=1, num_heads=2, head_dim=4, norm_groups=4
+        channels=(8,), num_mid_stages=1, num_blocks=1, num_heads=2, head_dim=4, norm_groups=4
     ),
     num_steps=3,
     mel_mean=-5.0,
