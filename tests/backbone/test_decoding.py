@@ -30,13 +30,18 @@ def decoder(model):
     return Decoder(model, stop_ids=[STOP])
 
 
+@nnx.jit
+def forward(model, tokens):
+    return model(tokens)
+
+
 def greedy_by_forward(model, prompt, count):
     tokens = list(prompt)
     for _ in range(count):
         width = 32  # one shape: what is behind the last token cannot be seen from it
         padded = np.zeros((1, width), np.int32)
         padded[0, : len(tokens)] = tokens
-        tokens.append(int(jnp.argmax(model(padded)[0, len(tokens) - 1])))
+        tokens.append(int(jnp.argmax(forward(model, padded)[0, len(tokens) - 1])))
         if tokens[-1] == STOP:
             break
     return tokens[len(prompt) :]
@@ -116,6 +121,21 @@ def test_nucleus_keeps_the_fewest():
     kept = decoding._nucleus(logits, 0.6) > -jnp.inf
     assert kept.tolist() == [[True, True, False, False], [False, False, True, True]]
     assert (decoding._nucleus(logits, 0.01) > -jnp.inf).sum() == 2
+
+
+def test_nucleus_agrees_with_sorting():
+    logits = np.random.default_rng(0).normal(size=(6, 300)).astype(np.float32) * 4
+    logits[:, ::7] = -np.inf  # what a grammar forbids
+    logits[0] *= 3
+    for top_p in (0.1, 0.5, 0.9, 0.99):
+        kept = np.asarray(decoding._nucleus(jnp.asarray(logits), top_p) > -jnp.inf)
+        for row, mask in zip(logits.astype(np.float64), kept, strict=True):
+            order = np.argsort(-row)
+            probabilities = np.exp(row[order] - row.max())
+            before = np.cumsum(probabilities / probabilities.sum()) - (
+                probabilities / probabilities.sum()
+            )
+            assert set(order[before < top_p]) == set(np.flatnonzero(mask))
 
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], []], [[VOCAB]], [[-1]]])
