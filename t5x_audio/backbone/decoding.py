@@ -239,7 +239,7 @@ def _nucleus(logits: jax.Array, top_p: float) -> jax.Array:
     """Keeps the fewest likeliest tokens whose probabilities sum to `top_p`; at least one.
 
     A token stays if those above it sum to less than `top_p`. The boundary is found by halving an
-    interval of logits down to the resolution of float32, which on a CPU is 18 times faster than sorting.
+    interval of logits down to the resolution of float32: on a CPU 18 times faster than sorting.
     """
     probabilities = jax.nn.softmax(logits, -1)
     top = logits.max(-1, keepdims=True)
