@@ -8,6 +8,7 @@ it starts anew when the weights or the settings are others.
     python -m t5x_audio.evaluate --gin_file=gin/models/demo.gin --gin_file=gin/runs/evaluate.gin
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -28,6 +29,7 @@ def run(
     batch_size: int = 16,
     num_examples: int = 8,
     num_timed: int = 5,
+    num_rated: int | None = None,
     max_new_tokens: int = 400,
     temperature: float = 0.7,
     top_p: float = 0.9,
@@ -43,6 +45,8 @@ def run(
       batch_size: questions answered at once.
       num_examples: how many the report lets one listen to.
       num_timed: questions asked one at a time for the time to first audio.
+      num_rated: how many recordings of each kind get a DNSMOS, which costs 3 s of a core for
+        each; None = all.
       max_new_tokens, temperature, top_p: of the answers; temperature 0 takes the likeliest token.
       seed: of sampling and of the vocoder's noise.
       make_judges: (recordings of the reference voice) -> `spoken_qa.Judges`; None = the project's.
@@ -68,6 +72,7 @@ def run(
         "top_p": top_p,
         "num_examples": num_examples,
         "num_timed": num_timed,
+        "num_rated": num_rated,
     }
     if results := _finished(folder, settings):
         print(f"already evaluated: {folder / RESULTS}", file=sys.stderr)
@@ -79,7 +84,9 @@ def run(
     written, codes = answer_all(assistant, questions, folder / ANSWERS, batch_size)
     speech = speak_all(assistant, questions, codes, folder / SPEECH)
     speed = time_answers(assistant, questions[:num_timed])
-    results = _judge(questions, written, speech, make_judges or default_judges)
+    judges = (make_judges or default_judges)(speech["recordings"])
+    judges = dataclasses.replace(judges, num_rated=num_rated)
+    results = _judge(questions, written, speech, judges)
     results["figures"] |= speed
     results["seed"], results["settings"] = seed, settings
     results["examples"] = _examples(results["questions"], num_examples, questions, folder)
@@ -223,18 +230,22 @@ def default_judges(recordings: Sequence):
     from t5x_audio.interop import ge2e
 
     encoder = ge2e.load_speaker_encoder()
+
+    def embed(sound):
+        return spoken_qa.in_batches(encoder.embed_batch, sound, 16)
+
     return spoken_qa.Judges(
         transcribe=Recognizer().transcribe,
         mos=mos.overall,
-        embed=encoder.embed_batch,
-        voice=spoken_qa.reference_voice(encoder.embed_batch, recordings),
+        embed=embed,
+        voice=spoken_qa.reference_voice(embed, recordings),
     )
 
 
-def _judge(questions, written, speech, make_judges) -> dict[str, Any]:
+def _judge(questions, written, speech, judges) -> dict[str, Any]:
     from t5x_audio.evaluation import spoken_qa
 
-    rows = spoken_qa.assess(questions, written, speech, make_judges(speech["recordings"]))
+    rows = spoken_qa.assess(questions, written, speech, judges)
     return {
         "figures": spoken_qa.summarise(rows),
         "by_category": spoken_qa.by_group(rows, "category"),

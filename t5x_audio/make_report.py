@@ -22,6 +22,7 @@ MEASURES = (
      "an independent recogniser hears those words"),
     ("wer", "word error rate of what is heard", "percent",
      "answers: against what the model wrote; the others: against what is said"),
+    ("audible", "with sound", "percent", "recordings that are not silent"),
     ("dnsmos", "DNSMOS overall", "score", "P.835 quality from 1 to 5, by an automatic judge"),
     ("speaker_similarity", "speaker similarity", "score",
      "cosine of GE2E embeddings to the reference voice"),

@@ -124,15 +124,17 @@ class Judges:
 
     Attributes:
       transcribe: recordings -> what is heard in each.
-      mos: recording -> DNSMOS overall quality, 1 to 5.
+      mos: recording -> DNSMOS overall quality, 1 to 5. Costs seconds a recording.
       embed: recordings -> speaker embeddings [N, D] of unit length.
       voice: [D], embedding of the reference voice.
+      num_rated: only the first so many recordings of a kind get a DNSMOS; None = all.
     """
 
     transcribe: Callable[[Sequence[np.ndarray]], Sequence[str]]
     mos: Callable[[np.ndarray], float]
     embed: Callable[[Sequence[np.ndarray]], np.ndarray]
     voice: np.ndarray
+    num_rated: int | None = None
 
     def listen(
         self, recordings: Sequence[np.ndarray], texts: Sequence[str], short: Sequence[str]
@@ -145,17 +147,21 @@ class Judges:
           short: the words that must be heard.
 
         Returns:
-          Rows of heard, heard_right, word_errors, words, mos and similarity (None: no sound).
+          Rows of heard, heard_right, word_errors, words, audible, and mos and similarity, which
+          are None where there is no sound or no rating.
         """
         audible = [i for i, samples in enumerate(recordings) if _audible(samples)]
-        rows = [{"heard": "", "mos": None, "similarity": None} for _ in range(len(recordings))]
+        silence = {"heard": "", "audible": False, "mos": None, "similarity": None}
+        rows = [silence] * len(recordings)
+        rated = len(recordings) if self.num_rated is None else self.num_rated
         if audible:
             sound = [recordings[i] for i in audible]
             transcripts, embeddings = self.transcribe(sound), self.embed(sound)
             for i, heard, embedding in zip(audible, transcripts, embeddings, strict=True):
                 rows[i] = {
                     "heard": heard,
-                    "mos": float(self.mos(recordings[i])),
+                    "audible": True,
+                    "mos": float(self.mos(recordings[i])) if i < rated else None,
                     "similarity": cosine(embedding, self.voice),
                 }
         return [
@@ -182,6 +188,20 @@ def reference_voice(embed, recordings: Sequence[np.ndarray]) -> np.ndarray:
     """Embedding [D] of a voice from its recordings: the mean of theirs, of unit length."""
     mean = np.mean(embed([samples for samples in recordings if _audible(samples)]), axis=0)
     return mean / np.linalg.norm(mean)
+
+
+def in_batches(embed, recordings: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """embed(recordings) [N, D], called with `size` recordings of like length at a time.
+
+    The last batch is filled up with its own last recording, so that few shapes are compiled.
+    """
+    order = sorted(range(len(recordings)), key=lambda i: len(recordings[i]))
+    found = {}
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        filled = batch + [batch[-1]] * (size - len(batch))
+        found |= zip(batch, embed([recordings[i] for i in filled]), strict=False)
+    return np.stack([found[i] for i in range(len(recordings))])
 
 
 def assess(
@@ -224,6 +244,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         figures[f"{prefix}wer"] = _ratio(
             sum(one["word_errors"] for one in judged), sum(one["words"] for one in judged)
         )
+        figures[f"{prefix}audible"] = _mean(one["audible"] for one in judged)
         figures[f"{prefix}dnsmos"] = _mean(one["mos"] for one in judged)
         figures[f"{prefix}speaker_similarity"] = _mean(one["similarity"] for one in judged)
     return figures

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -121,13 +122,32 @@ def test_assessment_of_two_answers():
     assert figures["resynthesis_heard_accuracy"] == 0.5
     assert figures["resynthesis_wer"] == pytest.approx(2 / 7)
     assert figures["recordings_wer"] == 0.0
-    assert figures["dnsmos"] == 3.0
+    assert figures["dnsmos"] == 3.0 and figures["audible"] == 0.5
     assert figures["speaker_similarity"] == pytest.approx(0.6)
     json.dumps(rows)  # all of it can be kept
 
     groups = spoken_qa.by_group(rows, "category")
     assert groups["sums"] == {"questions": 1, "text_accuracy": 1.0, "heard_accuracy": 1.0}
     assert groups["opposites"]["heard_accuracy"] == 0.0
+
+
+def test_only_the_first_are_rated():
+    judges, _ = _judges("cold", "cold", "cold")
+    rows = dataclasses.replace(judges, num_rated=2).listen([TONE] * 3, ["cold"] * 3, ["cold"] * 3)
+    assert [row["mos"] for row in rows] == [3.0, 3.0, None]
+    assert all(row["similarity"] is not None and row["audible"] for row in rows)
+
+
+def test_batches_keep_the_order():
+    sizes = []
+
+    def embed(sound):
+        sizes.append(len(sound))
+        return np.array([[len(samples)] for samples in sound])
+
+    recordings = [np.zeros(n) for n in (5, 1, 9, 3, 7)]
+    found = spoken_qa.in_batches(embed, recordings, 2)
+    assert found[:, 0].tolist() == [5, 1, 9, 3, 7] and sizes == [2, 2, 2]
 
 
 def test_examples_take_categories_in_turn():
