@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tqdm
 
 from t5x_audio.audio import io
 from t5x_audio.data import corpus, records
@@ -226,7 +227,7 @@ def assess(
         | {"written_right": contains_short_answer(text, one.short_answer)}
         for one, text in zip(questions, written, strict=True)
     ]
-    for kind in KINDS:
+    for kind in tqdm.tqdm(KINDS, desc="judging", unit="set"):
         said = written if kind == "answers" else truth
         for row, judged in zip(rows, judges.listen(speech[kind], said, short), strict=True):
             row[kind] = judged
