@@ -201,7 +201,8 @@ def _configured_run(module: str, files: Sequence[str], bindings) -> Callable[...
     try:
         return gin.get_configurable(f"{module}.run")
     except ValueError:  # Nothing is bound on it.
-        return gin.external_configurable(job.run, name="run", module=module)
+        with gin.unlock_config():
+            return gin.external_configurable(job.run, name="run", module=module)
 
 
 def _existing(path: str) -> Path:

@@ -213,3 +213,12 @@ def test_help_is_quick_and_loads_nothing_heavy(module):
     )
     assert run.returncode == 0 and "--gin_file" in run.stdout, run.stderr
     assert time.perf_counter() - start < 5  # An idle machine takes 0.1 s; this one is shared.
+
+
+def test_a_job_without_any_gin_file_names_what_it_needs():
+    result = subprocess.run(
+        [sys.executable, "-m", "t5x_audio.merge"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: run needs 'models' and 'weights'")
+    assert result.stderr.count("\n") == 1
