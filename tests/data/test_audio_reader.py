@@ -149,6 +149,8 @@ def test_flow_batches_join_audio_with_its_codes(run_dir):
     file = {"embeddings_file": "counted.npz"}
     dataset = audio_reader.FlowBatches(run_dir, embed, **_BUCKETS, **file)
     again = audio_reader.FlowBatches(run_dir, None, **_BUCKETS, **file)
+    assert not calls  # opening needs no devices
+    iter(dataset)
     assert sum(calls) == 20
     for batch, other in zip(itertools.islice(dataset, 8), again, strict=False):
         _equal(batch, other)
@@ -162,7 +164,7 @@ def test_flow_batches_join_audio_with_its_codes(run_dir):
             assert batch["speaker_embedding"][row] == pytest.approx(batch["audio"][row, 0])
     assert list(dataset.eval_batches())
     with pytest.raises(UserError, match="speaker embeddings"):
-        audio_reader.FlowBatches(run_dir, None, **_BUCKETS, embeddings_file="none.npz")
+        iter(audio_reader.FlowBatches(run_dir, None, **_BUCKETS, embeddings_file="none.npz"))
 
 
 def test_segments(run_dir):
