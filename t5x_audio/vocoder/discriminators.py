@@ -64,6 +64,7 @@ class PeriodDiscriminator(nnx.Module):
                     5,
                     strides=1 if i == last else 3,
                     weight_norm=True,
+                    nested=True,
                     dtype=config.dtype,
                     rngs=rngs,
                 )
@@ -100,6 +101,7 @@ class ResolutionDiscriminator(nnx.Module):
                 kernel,
                 strides=(1, stride),
                 weight_norm=True,
+                nested=True,
                 dtype=config.dtype,
                 rngs=rngs,
             )

@@ -65,7 +65,9 @@ class ConvNormMish(nnx.Module):
     """Convolution of kernel 3, group norm, Mish."""
 
     def __init__(self, n_in: int, n_out: int, config: UnetConfig, rngs: nnx.Rngs):
-        self.conv = Convolution(n_in, n_out, 3, kernel_init=_HE, dtype=config.dtype, rngs=rngs)
+        self.conv = Convolution(
+            n_in, n_out, 3, kernel_init=_HE, nested=True, dtype=config.dtype, rngs=rngs
+        )
         self.norm = MaskedGroupNorm(config.norm_groups, n_out)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -81,7 +83,7 @@ class ResidualBlock(nnx.Module):
         self.first = ConvNormMish(n_in, n_out, config, rngs)
         self.second = ConvNormMish(n_out, n_out, config, rngs)
         self.time = nnx.Linear(time_dim, n_out, kernel_init=_HE, rngs=rngs)
-        self.skip = Convolution(n_in, n_out, 1, dtype=config.dtype, rngs=rngs)
+        self.skip = Convolution(n_in, n_out, 1, nested=True, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array, time: jax.Array) -> jax.Array:
         """[B, T, in], mask [B, T, 1], time [B, time_dim] -> [B, T, out]."""

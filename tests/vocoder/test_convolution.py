@@ -67,3 +67,48 @@ def test_transposed_convolution_refuses_an_odd_margin():
 def test_overlap_add():
     pieces = jnp.arange(6.0).reshape(1, 3, 2, 1)  # frames (0,1) (2,3) (4,5)
     np.testing.assert_array_equal(overlap_add(pieces)[0, :, 0], [0, 1 + 2, 3 + 4, 5])
+
+
+@pytest.mark.parametrize(
+    ("size", "strides", "padding"),
+    [((5,), (3,), (2,)), ((6,), (5,), (2,)), ((3, 9), (1, 2), (1, 4))],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_strides_and_gradients_equal_the_plain_convolution(size, strides, padding, nested):
+    conv = Convolution(
+        2, 3, size, strides=strides, padding=padding, nested=nested, rngs=nnx.Rngs(0)
+    )
+    x = np.random.default_rng(0).standard_normal((2, *(17, 20)[: len(size)], 2)).astype(np.float32)
+    spatial = "HW"[: len(size)]
+
+    def plain(x, kernel):
+        names = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+        pads = [(p, p) for p in padding]
+        return jax.lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=names)
+
+    def value_and_gradients(f):
+        return jax.jit(jax.value_and_grad(lambda x, k: jnp.sum(jnp.sin(f(x, k))), (0, 1)))
+
+    graph, state = nnx.split(conv)
+    kernel = conv.kernel[...]
+
+    def ours(x, kernel):
+        return nnx.merge(
+            graph, jax.tree.map(lambda leaf: kernel if leaf.ndim > 1 else leaf, state)
+        )(x)
+
+    wanted, got = (value_and_gradients(f)(x, kernel) for f in (plain, ours))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), wanted, got)
+
+
+def test_nested_gradients_of_a_dilated_convolution():
+    convs = [Convolution(3, 4, 5, dilation=2, nested=n, rngs=nnx.Rngs(0)) for n in (False, True)]
+    x = np.random.default_rng(0).standard_normal((2, 13, 3)).astype(np.float32)
+
+    def gradients(conv):
+        graph, state = nnx.split(conv)
+        loss = lambda x, state: jnp.sum(jnp.sin(nnx.merge(graph, state)(x)))  # noqa: E731
+        return jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1)))(x, state))
+
+    for a, b in zip(*map(gradients, convs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
