@@ -180,7 +180,8 @@ def speak_all(assistant, questions: Sequence, codes: Sequence, folder: pathlib.P
     """Vocodes the answers and, from their codes, the true answers; keeps each as a file.
 
     Returns:
-      {kind: float32 [T_i] at 16 kHz of each question} for the kinds of `spoken_qa`.
+      {kind: float32 [T_i] at 16 kHz of each question} for the kinds of `spoken_qa`; an answer
+      without audio has no samples and no file.
     """
     import tqdm
 
@@ -190,17 +191,22 @@ def speak_all(assistant, questions: Sequence, codes: Sequence, folder: pathlib.P
     jobs += [("resynthesis", one.id, one.codes) for one in questions]
     speech: dict[str, list] = {"answers": [], "resynthesis": []}
     for kind, name, code in tqdm.tqdm(jobs, desc="speech", unit="clip"):
-        path = folder / kind / f"{name}.flac"
-        if not path.exists():
-            io.save(path, assistant.speak(code), assistant.rate)
-        samples, rate = _read_speech(path)
+        samples, rate = _spoken(assistant, code, folder / kind / f"{name}.flac")
         speech[kind].append(io.resample(samples, rate, 16000))
     return speech | {"recordings": [one.recording for one in questions]}
 
 
-def _read_speech(path: pathlib.Path):
+def _spoken(assistant, code, path: pathlib.Path):
+    """(float32 [T], rate in Hz) of `code`: from the file, which is made when it is missing."""
     import soundfile
 
+    from t5x_audio.audio import io
+
+    if not path.exists():
+        samples = assistant.speak(code)
+        if not samples.size:
+            return samples, assistant.rate
+        io.save(path, samples, assistant.rate)
     return soundfile.read(path, dtype="float32")
 
 

@@ -12,11 +12,14 @@ in `<run_dir>/stages.json`, where the report reads it.
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import pathlib
 import platform
+import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +78,19 @@ def command(stage: Stage, size: str, run_dir: str, extra: list[str]) -> list[str
     ]
 
 
+def settings(argv: list[str]) -> str:
+    """Digest of the gin files a command names and of those they include."""
+    prefix = "--gin_file="
+    waiting = [word.removeprefix(prefix) for word in argv if word.startswith(prefix)]
+    texts = {}
+    while waiting:
+        path = waiting.pop()
+        if path not in texts and pathlib.Path(path).is_file():
+            texts[path] = pathlib.Path(path).read_text()
+            waiting += re.findall(r"^include '(.+)'", texts[path], re.MULTILINE)
+    return hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:12]
+
+
 class Ledger:
     """`stages.json`: which command finished when, how long it took, on what machine."""
 
@@ -84,22 +100,33 @@ class Ledger:
         self.rows = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def finished(self, stage: Stage, argv: list[str]) -> bool:
-        """Whether the same command has finished and its output is still there."""
-        row = self.rows.get(stage.name)
+        """Whether this command, with these settings, has finished and its output is there."""
+        row = self.rows.get(stage.name, {})
         output = self.path.parent / stage.output
-        return bool(row) and row["command"] == shlex.join(argv[1:]) and output.exists()
+        return "finished" in row and self._is_same(row, argv) and output.exists()
 
-    def add(self, stage: Stage, argv: list[str], seconds: float) -> None:
-        """Adds a finished run; time spent before an interruption is not in `seconds`."""
-        self.rows[stage.name] = {
+    def add(self, stage: Stage, argv: list[str], seconds: float, *, finished: bool) -> None:
+        """Adds a run; `seconds` are added to those of earlier, interrupted runs."""
+        known = self.rows.get(stage.name, {})
+        if not self._is_same(known, argv) or not (self.path.parent / stage.output).exists():
+            known = {}
+        row = {
             "command": shlex.join(argv[1:]),
-            "seconds": round(seconds, 1),
-            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "settings": settings(argv),
+            "seconds": round(known.get("seconds", 0.0) + seconds, 1),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         }
+        if finished:
+            now = datetime.datetime.now(datetime.UTC)
+            row["finished"] = now.isoformat(timespec="seconds")
+        self.rows[stage.name] = row
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.rows, indent=1))
         temporary.replace(self.path)
+
+    @staticmethod
+    def _is_same(row: dict, argv: list[str]) -> bool:
+        return (row.get("command"), row.get("settings")) == (shlex.join(argv[1:]), settings(argv))
 
 
 def select(first: str | None, only: list[str] | None) -> list[Stage]:
@@ -158,19 +185,47 @@ def run_stages(stages, size: str, run_dir: str, extra: list[str], again: bool, d
         if not again and ledger.finished(stage, argv):
             print(f"  already there: {run_dir}/{stage.output}", flush=True)
             continue
-        begun = time.monotonic()
-        try:
-            code = subprocess.run(argv, check=False).returncode
-        except KeyboardInterrupt:
+        code = run_stage(stage, argv, ledger)
+        if code in (130, 143):
             print("interrupted: start the same command again to continue", file=sys.stderr)
-            return 130
         if code:
-            return code if code > 0 else 128 - code
-        ledger.add(stage, argv, time.monotonic() - begun)
+            return code
     if not dry:
         minutes = (time.monotonic() - started) / 60
         print(f"done: {run_dir}/{stages[-1].output} minutes={minutes:.1f}", flush=True)
     return 0
+
+
+def run_stage(stage: Stage, argv: list[str], ledger: Ledger) -> int:
+    """Runs one job and keeps its time, also that of an interrupted one; returns its exit code."""
+    begun = time.monotonic()
+    code = run_job(argv)
+    ledger.add(stage, argv, time.monotonic() - begun, finished=code == 0)
+    return code
+
+
+def run_job(argv: list[str]) -> int:
+    """Runs a command that may save its work when it is told to stop; returns its exit code.
+
+    Ctrl-C reaches the job from the terminal and SIGTERM is passed on; either is waited out. A
+    second Ctrl-C kills it.
+    """
+    job, interrupted = subprocess.Popen(argv), False
+    before = signal.signal(signal.SIGTERM, lambda *_: job.terminate())
+    try:
+        while True:
+            try:
+                code = job.wait()
+                break
+            except KeyboardInterrupt:
+                if interrupted:
+                    job.kill()
+                interrupted = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if interrupted:
+        return 130
+    return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

