@@ -156,7 +156,7 @@ class AudioBatches(_Batches):
     """Speech with its text, for training a tokenizer.
 
     A batch: audio float32 [B, T], audio_lengths int32 [B] (samples), text_ids int32 [B, U]
-    (SentencePiece ids, 0 behind the end), text_lengths int32 [B].
+    (ids of the text's units, 0 behind the end), text_lengths int32 [B].
     """
 
     def __init__(
@@ -168,6 +168,7 @@ class AudioBatches(_Batches):
         batch_seconds: float = 120.0,
         rows_multiple_of: int = 1,
         speeds: Sequence[float] = (1.0,),
+        units: str = "pieces",
         seed: int = 0,
         max_eval_batches: int | None = None,
     ):
@@ -181,11 +182,16 @@ class AudioBatches(_Batches):
           batch_seconds: about how much audio a batch has, padding included.
           rows_multiple_of: B is a multiple of it.
           speeds: each clip is played at one of these, drawn anew every epoch; 1 = as it is.
+          units: of the text: 'pieces' (SentencePiece ids) or 'bytes' (of UTF-8, plus 1: 1 to
+            256). Bytes are sounds rather than words, and need frames enough: some 15 a second.
           seed: of the order and the speeds.
           max_eval_batches: at most so many; None = all.
+
+        Raises:
+          UserError: no clips, or no such units.
         """
         self.max_eval_batches = max_eval_batches
-        self.vocabulary = Vocabulary.load(os.path.join(run_dir, "vocabulary"))
+        self._encode_text = _text_encoder(units, run_dir)
         self._directories, self._roles = corpora_of(run_dir, corpora), roles
         self._speeds = np.asarray(speeds, np.float64)
         self._shape = (bucket_seconds, batch_seconds, rows_multiple_of, seed)
@@ -196,7 +202,7 @@ class AudioBatches(_Batches):
     def _open(self, split: str, slowest: float):
         index = ClipIndex(self._directories, split, self._roles)
         for text in set(index.texts) - self._text_ids.keys():
-            self._text_ids[text] = self.vocabulary.encode_text(text)
+            self._text_ids[text] = self._encode_text(text)
         return _plan(np.ceil(index.lengths / slowest), *self._shape, split), index
 
     def _evaluation(self):
@@ -224,6 +230,15 @@ class AudioBatches(_Batches):
         widest = max(len(ids) for ids in texts)
         width = max(self._widths.get(bucket.samples, 0), -(-widest // 8) * 8)
         return pad_audio(waveforms, bucket.samples) | _pad_ids(texts, width, "text")
+
+
+def _text_encoder(units: str, run_dir: str) -> Callable[[str], np.ndarray]:
+    """Text -> ids int32 [U]; 0, the blank of CTC, is none of them."""
+    if units == "pieces":
+        return Vocabulary.load(os.path.join(run_dir, "vocabulary")).encode_text
+    if units == "bytes":
+        return lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 1
+    raise UserError(f"AudioBatches.units={units!r}: there are 'pieces' and 'bytes'")
 
 
 class FlowBatches(_Batches):

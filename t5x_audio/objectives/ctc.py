@@ -1,8 +1,10 @@
 """Connectionist temporal classification: how both tokenizers learn from transcribed speech.
 
 The linguistic encoder is an ordinary CTC recogniser; the semantic tokenizer has its quantiser in
-the middle, so its loss adds the commitment of the features to their codes. Text units are
-SentencePiece ids and the blank is 0 (<unk>, which CTC never has to emit). Source: Graves et al.,
+the middle, so its loss adds the commitment of the features to their codes. Text units are what the
+batches hold, SentencePiece ids or bytes; the blank is 0 (<unk>, which CTC never has to emit). With
+little speech the semantic tokenizer learns several times faster from bytes: they are nearer to the
+sounds that a code can hold. Source: Graves et al.,
 "Connectionist Temporal Classification" (ICML 2006); loss by optax; SpecAugment by Park et al.
 (arXiv 1904.08779).
 

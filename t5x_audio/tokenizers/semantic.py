@@ -22,7 +22,6 @@ from t5x_audio.tokenizers.vector_quantizer import VectorQuantizer
 
 LOG_MEL = audio_features.WhisperMelConfig()
 MAX_FRAMES = 1500  # of 40 ms would be 60 s; the published table is Whisper's
-POSITION_SCALE = 0.1  # of the initial table: codes should tell sounds apart, not places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +76,7 @@ class SemanticTokenizer(nnx.Module):
         self.conv1 = whisper.StridedConvolution(LOG_MEL.num_mels, c.width, c.dtype, rngs)
         self.conv2 = whisper.StridedConvolution(c.width, c.width, c.dtype, rngs)
         self.positions = nnx.Param(
-            POSITION_SCALE * whisper.sinusoids(MAX_FRAMES, c.width), logical_axes=(None, "embed")
+            whisper.sinusoids(MAX_FRAMES, c.width), logical_axes=(None, "embed")
         )
         blocks = whisper.BlockConfig(c.width, c.num_heads, c.mlp_dim, c.dtype, c.scan_unroll)
         self.blocks = whisper.Blocks(c.num_layers, blocks, rngs)
@@ -119,7 +118,7 @@ class SemanticTokenizer(nnx.Module):
         """CTC logits float32 [B, M, text_size] of quantised features [B, M, width]."""
         length, width = quantised.shape[1:]
         x = self.quantizer.standardize(quantised)
-        x = x + POSITION_SCALE * whisper.sinusoids(length, width)
+        x = x + whisper.sinusoids(length, width)
         if self.config.num_supervision_layers:
             x = self.supervision(x, valid_frames(lengths, length))
         return self.head(self.head_norm(x)).astype(jnp.float32)

@@ -112,9 +112,12 @@ def test_a_restored_iterator_goes_on_exactly(run_dir, which):
     assert any(not np.array_equal(expected[0]["audio"], b["audio"]) for b in expected[1:])
 
 
-def test_audio_batches(run_dir):
-    dataset = audio_reader.AudioBatches(run_dir, **_BUCKETS)
-    words = {text: dataset.vocabulary.encode_text(text) for text in dataset._train[1].texts}
+@pytest.mark.parametrize("units", ["pieces", "bytes"])
+def test_audio_batches(run_dir, units):
+    dataset = audio_reader.AudioBatches(run_dir, units=units, **_BUCKETS)
+    pieces = vocabulary.Vocabulary.load(f"{run_dir}/vocabulary").encode_text
+    encode = {"pieces": pieces, "bytes": lambda text: [byte + 1 for byte in text.encode()]}[units]
+    words = {text: np.asarray(encode(text)) for text in dataset._train[1].texts}
     shapes = set()
     for batch in itertools.islice(dataset, 12):
         shapes.add(batch["audio"].shape + batch["text_ids"].shape)
@@ -183,5 +186,7 @@ def test_roles_and_missing_things(run_dir, tmp_path):
         audio_reader.SegmentBatches(str(tmp_path))
     with pytest.raises(UserError, match="no such corpus"):
         audio_reader.SegmentBatches(run_dir, corpora=("c",))
+    with pytest.raises(UserError, match="units='letters'"):
+        audio_reader.AudioBatches(run_dir, units="letters")
     with pytest.raises(UserError, match="no clips"):
         audio_reader.SegmentBatches(run_dir, roles=("answer",))
