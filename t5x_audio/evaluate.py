@@ -281,12 +281,10 @@ def _examples(rows, count: int, questions: Sequence, folder: pathlib.Path) -> li
 
 def tables(results: Mapping[str, Any]) -> str:
     """The results as Markdown."""
+    from t5x_audio.evaluation.summary import table_markdown
     from t5x_audio.make_report import measured_tables
 
-    parts = []
-    for table in measured_tables(results):
-        rows = [table.columns, ("---",) * len(table.columns), *table.rows]
-        parts.append(f"## {table.title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+    parts = (f"## {table.title}\n\n{table_markdown(table)}" for table in measured_tables(results))
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,16 +1,22 @@
-"""Makes the report of a run: `<run_dir>/report.html`, one page that needs nothing but itself.
+r"""Makes the report of a run: `<run_dir>/report.html`, one page that needs nothing but itself.
+
+Where the page's name ends in .md, it is the Markdown edition instead, with tables and losses but
+without sound: what a repository keeps of a run.
 
 It gathers what the stages left behind: results and recordings of the evaluation, every stage's
 `metrics.jsonl` and operative configuration, and the times in `stages.json`. What is not there yet
 is left out, so that a half-finished run can be looked at too.
 
     python -m t5x_audio.make_report --gin_file=gin/runs/make_report.gin --gin.RUN_DIR=runs/demo
+    python -m t5x_audio.make_report --gin_file=gin/runs/make_report.gin --gin.RUN_DIR=runs/demo \
+        --model_dir=docs/results/demo.md
 """
 
 import json
 import os
 import pathlib
 import platform
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +46,8 @@ def run(*, model_dir: str, run_dir: str, title: str = "A spoken question in, a s
     """Writes the report.
 
     Args:
-      model_dir: the page to write, e.g. runs/demo/report.html.
+      model_dir: the page to write, e.g. runs/demo/report.html; beside docs/results/demo.md,
+        demo.svg has the losses.
       run_dir: the run it tells of, e.g. runs/demo.
       title: heading of the page.
 
@@ -51,21 +58,41 @@ def run(*, model_dir: str, run_dir: str, title: str = "A spoken question in, a s
       UserError: the run directory is missing, or the page cannot be written.
     """
     from t5x_audio.errors import UserError
-    from t5x_audio.evaluation import report
 
     root, path = pathlib.Path(run_dir), pathlib.Path(model_dir)
     if not root.is_dir():
         raise UserError(f"{root}: no such run directory; run `make demo` to make one")
     page = gather(root, title)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(report.render(page))
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    for file, text in _editions(page, root, path):
+        temporary = file.with_name(file.name + ".tmp")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text)
+            temporary.replace(file)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written ({error.strerror})") from error
     megabytes = round(path.stat().st_size / 1e6, 2)
     return {"report": str(path), "megabytes": megabytes, "examples": len(page.examples)}
+
+
+def _editions(page, root: pathlib.Path, path: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
+    """(file, its text) of the page, and of what stands beside it."""
+    from t5x_audio.evaluation import report, summary
+
+    if path.suffix != ".md":
+        return [(path, report.render(page))]
+    picture = path.with_suffix(".svg")
+    losses = summary.draw_losses(page.stages)
+    text = summary.render(page, _command(root), picture.name if losses else None)
+    return [(path, text), *([(picture, losses)] if losses else [])]
+
+
+def _command(root: pathlib.Path) -> str:
+    """What makes the run again, going by its ledger."""
+    commands = [row["command"] for row in _read_json(root / "stages.json").values()]
+    sizes = re.findall(r"gin/models/(\w+)\.gin", " ".join(commands))
+    size = sizes[-1] if sizes else "demo"
+    return f"python -m t5x_audio.life --size={size} --run_dir=runs/{size}"
 
 
 def gather(root: pathlib.Path, title: str):
@@ -82,7 +109,7 @@ def gather(root: pathlib.Path, title: str):
         examples=tuple(_example(root / "evaluation", row) for row in results.get("examples", ())),
         tables=measured_tables(results),
         stages=_stages(root, ledger),
-        facts=_facts(results, ledger),
+        facts=_facts(root, results, ledger),
     )
 
 
@@ -222,11 +249,14 @@ def _stages(root: pathlib.Path, ledger: Mapping[str, Any]):
     return tuple(stages)
 
 
-def _facts(results: Mapping[str, Any], ledger: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Versions, seed and machine."""
+def _facts(root, results: Mapping[str, Any], ledger: Mapping[str, Any]):
+    """(name, value) of seeds, machine and versions."""
     import importlib.metadata
 
-    facts = [("seed of the evaluation", str(results["seed"]))] if "seed" in results else []
+    configs = [path.read_text() for path in root.glob("*/config.gin")]
+    seeds = sorted(set(re.findall(r"^\w+\.run\.seed = (\d+)", "\n".join(configs), re.MULTILINE)))
+    facts = [("seed of every stage", ", ".join(seeds))] if seeds else []
+    facts += [("seed of the evaluation", str(results["seed"]))] if "seed" in results else []
     if machines := {row["machine"] for row in ledger.values() if "machine" in row}:
         facts.append(("machine", "; ".join(sorted(machines))))
     else:

@@ -67,7 +67,7 @@ def run(
     # Heavy, and of no use to --help.
     import jax
 
-    from t5x_audio.training import checkpoints, partitioning, prefetch, progress, provenance
+    from t5x_audio.training import checkpoints, flops, partitioning, prefetch, progress, provenance
     from t5x_audio.training.host_memory import keep_freed_memory
     from t5x_audio.training.metrics import MetricWriter, summarize
 
@@ -108,6 +108,7 @@ def run(
         # A dataset of several static shapes compiles once for each.
         train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
         eval_step = jax.jit(eval_step)
+        count_flops = flops.StepFlops(train_step)
 
         def place(batch):
             return partitioning.place_batch(batch, mesh)
@@ -122,9 +123,10 @@ def run(
                     batch, host_batch, iterator_state = next(batches)
                 except StopIteration:
                     raise progress.data_ended(directory, step - 1, steps) from None
+                step_flops = count_flops(state, batch)
                 state, metrics = train_step(state, batch)
                 unlogged.append(metrics)
-                console.advance(host_batch)
+                console.advance(host_batch, step_flops)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
                     console.restart_clock()  # Compilation isn't part of the rate.

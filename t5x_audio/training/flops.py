@@ -25,6 +25,21 @@ def count_flops(function, *args, **kwargs) -> int:
     return _jaxpr_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 
 
+class StepFlops:
+    """FLOPs of a jitted training step by the shapes of its batch; each is counted once."""
+
+    def __init__(self, step):
+        """`step`: the jitted function of (state, batch)."""
+        self._step, self._known = step, {}
+
+    def __call__(self, state, batch) -> int:
+        """FLOPs of `step(state, batch)`; nothing is run, and the trace serves the call too."""
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes not in self._known:
+            self._known[shapes] = _jaxpr_flops(self._step.trace(state, batch).jaxpr.jaxpr)
+        return self._known[shapes]
+
+
 def _jaxpr_flops(jaxpr) -> int:
     return sum(_equation_flops(equation) for equation in jaxpr.eqns)
 

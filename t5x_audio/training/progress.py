@@ -78,20 +78,23 @@ class Console:
 
     def restart_clock(self) -> None:
         """Starts to count anew."""
-        self._start, self._steps, self._units = time.perf_counter(), 0, 0.0
+        self._start, self._steps = time.perf_counter(), 0
+        self._units, self._flops = 0.0, 0.0
 
-    def advance(self, batch) -> None:
-        """Counts one step on a host batch."""
+    def advance(self, batch, flops: float = 0.0) -> None:
+        """Counts one step on a host batch, and its floating-point operations."""
         self._steps += 1
+        self._flops += flops
         self._units += count(batch, self._key)
         self._bar.update(1)
 
     def rates(self) -> dict[str, float]:
-        """Steps and units per second since the last call, without pauses."""
+        """Steps, units and GFLOP per second since the last call, without pauses."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         rates = {
             "steps_per_second": self._steps / seconds,
             f"{self._unit}_per_second": self._units / seconds,
+            "gflop_per_second": self._flops / seconds / 1e9,
         }
         if not self._steps:  # Only the first step, whose time is compilation.
             rates = {}

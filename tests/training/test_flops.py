@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from t5x_audio.training.flops import count_flops
+from t5x_audio.training.flops import StepFlops, count_flops
 
 
 def test_matrix_product():
@@ -55,3 +55,19 @@ def test_the_dearest_branch_counts():
         return jax.lax.cond(flag, lambda x: x @ x, lambda x: x, x)
 
     assert count_flops(choose, True, jnp.ones((6, 6))) == 2 * 6**3
+
+
+def test_a_step_is_counted_once_a_shape_and_traced_once():
+    traced = []
+
+    @jax.jit
+    def step(state, batch):
+        traced.append(batch["x"].shape)
+        return state @ batch["x"]
+
+    count, state = StepFlops(step), jnp.ones((3, 5))
+    for columns in (7, 2, 7):
+        batch = {"x": jnp.ones((5, columns))}
+        assert count(state, batch) == 2 * 3 * 5 * columns
+        step(state, batch)
+    assert traced == [(5, 7), (5, 2)]
