@@ -10,8 +10,10 @@ in `<run_dir>/stages.json`, where the report reads it.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import hashlib
 import json
 import os
@@ -167,13 +169,35 @@ def main(argv: list[str] | None = None) -> int:
         return stop.code
     run_dir = flags.run_dir or f"runs/{flags.size}"
     again = bool(flags.from_stage or flags.only)
-    return run_stages(stages, flags.size, run_dir, extra, again, flags.dry_run)
+    if flags.dry_run:
+        return run_stages(stages, flags.size, run_dir, extra, again, True)
+    try:
+        with only_here(run_dir) as alone:
+            if not alone:
+                return fail(f"{run_dir}: is being worked on by another process; wait for it")
+            return run_stages(stages, flags.size, run_dir, extra, again, False)
+    except OSError as error:
+        return fail(f"{error.filename or run_dir}: {error.strerror}; give another --run_dir")
+
+
+@contextlib.contextmanager
+def only_here(run_dir: str):
+    """Holds the lock of a run directory; yields whether nobody else has it.
+
+    The system gives it back when the process ends, however it ends.
+    """
+    pathlib.Path(run_dir).mkdir(parents=True, exist_ok=True)
+    with open(pathlib.Path(run_dir) / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
 def run_stages(stages, size: str, run_dir: str, extra: list[str], again: bool, dry: bool) -> int:
     """Runs `stages` one after another; see `main`."""
-    if not dry:
-        pathlib.Path(run_dir).mkdir(parents=True, exist_ok=True)
     ledger = Ledger(pathlib.Path(run_dir))
     started = time.monotonic()
     for number, stage in enumerate(stages, 1):

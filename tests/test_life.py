@@ -91,6 +91,22 @@ def test_time_before_an_interruption_counts(in_root, monkeypatch, tmp_path):
     assert life.run_stage(stage, argv, again) == 0 and again.rows[stage.name]["seconds"] == 10
 
 
+def test_two_lives_of_one_run_are_refused(in_root, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(life, "run_job", lambda argv: 0)
+    with life.only_here(str(tmp_path)) as alone:
+        assert alone
+        assert life.main(["--size=toy", f"--run_dir={tmp_path}"]) == 2
+        assert "another process" in capsys.readouterr().err
+    assert life.main(["--size=toy", f"--run_dir={tmp_path}"]) == 0
+
+
+def test_a_run_directory_that_cannot_be_is_one_line(in_root, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert life.main(["--size=toy", f"--run_dir={tmp_path}/file/run"]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_job_may_save_its_work(tmp_path, sent, code):
     """The signal goes to the whole group, as from a terminal; the job takes a second to stop."""
