@@ -85,7 +85,7 @@ def launch(
         print(f"interrupted{': ' * bool(where)}{where}; start again to continue", file=sys.stderr)
         return 130
     except Exception as error:
-        full = _full_disk(error)
+        full = _full_disk(error, getattr(flags, "model_dir", None) or os.getcwd())
         if full is None:
             raise
         return _fail(f"no space left on the disk of {full}; free some and start again")
@@ -317,14 +317,14 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _full_disk(error: BaseException | None) -> str | None:
-    """A path on the disk that ran out of space if that caused `error`, else None."""
+def _full_disk(error: BaseException | None, place: str) -> str | None:
+    """A path on the disk that ran out of space, `place` for want of one; None: another error."""
     while error is not None:
         # By text too: TensorStore knows no errno, and gin wraps what passes through it.
         text = str(error)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
             paths = re.findall(r"""['"]([^'"\s]*/[^'"]+)['"]""", text)
-            return getattr(error, "filename", None) or (paths or [os.getcwd()])[-1]
+            return getattr(error, "filename", None) or (paths or [place])[-1]
         error = error.__cause__ or error.__context__
     return None
 

@@ -224,7 +224,11 @@ def run_stage(stage: Stage, argv: list[str], ledger: Ledger) -> int:
     """Runs one job and keeps its time, also that of an interrupted one; returns its exit code."""
     begun = time.monotonic()
     code = run_job(argv)
-    ledger.add(stage, argv, time.monotonic() - begun, finished=code == 0)
+    try:
+        ledger.add(stage, argv, time.monotonic() - begun, finished=code == 0)
+    except OSError:
+        if code == 0:  # Otherwise the job has said what is wrong, such as a full disk.
+            raise
     return code
 
 

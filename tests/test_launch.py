@@ -188,10 +188,10 @@ def test_interruption_and_defects(job, capsys):
 def test_a_disk_that_is_full_is_seen_through_other_exceptions():
     error = ValueError("write failed")
     error.__cause__ = OSError(errno.ENOSPC, "x")
-    assert launch._full_disk(error) == os.getcwd()
+    assert launch._full_disk(error, "runs/x") == "runs/x"
     store = 'writing "params/w": Failed writing: "/run/d/9f": No space left on device [os=\'28\']'
-    assert launch._full_disk(ValueError(store)) == "/run/d/9f"
-    assert launch._full_disk(ValueError("other")) is None
+    assert launch._full_disk(ValueError(store), "x") == "/run/d/9f"
+    assert launch._full_disk(ValueError("other"), "x") is None
 
 
 def test_operative_config_holds_what_was_used(job, tmp_path):
