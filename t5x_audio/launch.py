@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from t5x_audio.errors import UserError
+from t5x_audio.training import host_memory
 
 _PROJECT = Path(__file__).resolve().parent.parent
 _OWN_FLAGS = ("gin_file", "json", "distributed")
@@ -69,6 +70,7 @@ def launch(
     """`main` with explicit arguments; returns the exit code."""
     flags, bindings = _parse_flags(module, description, arguments, add_flags)
     prepare_environment()
+    host_memory.keep_freed_memory()
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, _interrupt)
     try:

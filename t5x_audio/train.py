@@ -68,10 +68,7 @@ def run(
     import jax
 
     from t5x_audio.training import checkpoints, flops, partitioning, prefetch, progress, provenance
-    from t5x_audio.training.host_memory import keep_freed_memory
     from t5x_audio.training.metrics import MetricWriter, summarize
-
-    keep_freed_memory()
 
     mesh = (mesh or partitioning.MeshShape()).make()
     rules = rules or partitioning.ShardingRules()
