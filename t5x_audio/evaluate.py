@@ -25,6 +25,7 @@ def run(
     *,
     model_dir: str,
     run_dir: str,
+    split: str = "test",
     num_questions: int | None = 100,
     batch_size: int = 16,
     num_examples: int = 8,
@@ -41,6 +42,8 @@ def run(
     Args:
       model_dir: where the results go, e.g. runs/demo/evaluation.
       run_dir: the run, e.g. runs/demo.
+      split: whose questions: 'test', in the voice that nothing was trained on, or 'validation', the
+        same in training voices, for choosing between settings.
       num_questions: how many of the held-out questions, always the same ones; None = all.
       batch_size: questions answered at once.
       num_examples: how many the report lets one listen to.
@@ -67,6 +70,7 @@ def run(
     options = {"seed": seed, "max_new_tokens": max_new_tokens}
     settings = options | {
         "weights": root.fingerprint(),
+        "split": split,
         "num_questions": num_questions,
         "temperature": temperature,
         "top_p": top_p,
@@ -78,7 +82,7 @@ def run(
         print(f"already evaluated: {folder / RESULTS}", file=sys.stderr)
         return results["figures"]
     _begin(folder, settings)
-    questions = _load_questions(root, vocabulary, num_questions)
+    questions = _load_questions(root, vocabulary, split, num_questions)
     sampling = Sampling(temperature=temperature, top_p=top_p)
     assistant = SpokenAssistant.load(run_dir, sampling=sampling, **options)
     written, codes = answer_all(assistant, questions, folder / ANSWERS, batch_size)
@@ -96,11 +100,18 @@ def run(
     return results["figures"]
 
 
-def _load_questions(root, vocabulary, limit: int | None):
+def _load_questions(root, vocabulary, split: str, limit: int | None):
+    from t5x_audio.errors import UserError
     from t5x_audio.evaluation import spoken_qa
 
+    if split not in ("test", "validation"):
+        raise UserError(f"evaluate.run.split={split!r}: there are 'test' and 'validation'")
     return spoken_qa.load_questions(
-        root.corpus("spoken_qa"), root.tokens("spoken_qa"), vocabulary.linguistic_size, limit=limit
+        root.corpus("spoken_qa"),
+        root.tokens("spoken_qa"),
+        vocabulary.linguistic_size,
+        split=split,
+        limit=limit,
     )
 
 

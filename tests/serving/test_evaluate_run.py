@@ -28,10 +28,8 @@ def _judges(recordings):
 
 
 def _evaluate(root, **settings):
-    return evaluate.run(
-        model_dir=str(root / "evaluation"), run_dir=str(root), make_judges=_judges,
-        **(SMALL | settings),
-    )  # fmt: skip
+    places = {"model_dir": str(root / "evaluation"), "run_dir": str(root)}
+    return evaluate.run(make_judges=_judges, **(places | SMALL | settings))
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +112,11 @@ def test_an_answer_without_audio_is_silence_and_leaves_no_file(tmp_path):
         speech = evaluate.speak_all(assistant, [question], [codes[:0]], tmp_path)
         assert len(speech["answers"][0]) == 0 and len(speech["resynthesis"][0]) == 1600
     assert [path.name for path in tmp_path.iterdir()] == ["resynthesis"]
+
+
+def test_unknown_split(run_dir):
+    with pytest.raises(UserError, match="split='train'"):
+        _evaluate(run_dir, split="train", model_dir=str(run_dir / "e"))
 
 
 def test_run_without_questions(run_dir, tmp_path):
