@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t5x_audio.vocoder.conformer import ConformerConfig
-from t5x_audio.vocoder.flow import FlowConfig
+from t5x_audio.vocoder.flow import FlowConfig, noise_share
 from t5x_audio.vocoder.unet import UnetConfig
 
 SMALL = FlowConfig(
@@ -115,3 +117,27 @@ def test_prompt_reaches_the_rest(flow, inputs):
         flow, noise, codes, lengths, speaker, silent, prompts
     )
     assert jnp.abs(difference[:, 8:]).max() > 1e-4
+
+
+@pytest.mark.parametrize("deviation", [0.5, 1.0])
+def test_share_of_the_noise_is_the_regression_of_velocity_on_mel(deviation):
+    rng = np.random.default_rng(0)
+    mel, noise = deviation * rng.standard_normal(200_000), rng.standard_normal(200_000)
+    for time in (0.0, 0.3, 0.7, 0.95):
+        mixed = (1 - time) * noise + time * mel
+        slope = np.mean(mixed * (mel - noise)) / np.mean(mixed**2)
+        assert noise_share(jnp.float32(time), deviation) == pytest.approx(slope, abs=0.03)
+
+
+def test_an_untrained_flow_with_residual_std_turns_noise_into_mels_of_that_deviation(build, inputs):
+    """The projection starts at zero, so the U-Net says nothing: the mel's mean is 0 then."""
+    config = dataclasses.replace(SMALL, residual_std=0.5, num_steps=100)
+    codes, _, speaker, _ = inputs
+    noise = jax.random.normal(jax.random.key(3), (2, 32, 6))
+
+    def untrained(model):
+        model.estimator.project.kernel[...] = jnp.zeros((1, 8, 6))
+
+    mel = _sample(build(config, edit=untrained), noise, codes, jnp.array([20, 20]), speaker)
+    assert np.std(np.asarray(mel)) / SMALL.mel_std == pytest.approx(0.5, rel=0.1)
+    assert np.mean(np.asarray(mel)) == pytest.approx(SMALL.mel_mean, abs=0.2)
