@@ -81,8 +81,8 @@ def run(
     if results := _finished(folder, settings):
         print(f"already evaluated: {folder / RESULTS}", file=sys.stderr)
         return results["figures"]
-    _begin(folder, settings)
     questions = _load_questions(root, vocabulary, split, num_questions)
+    _begin(folder, settings)
     sampling = Sampling(temperature=temperature, top_p=top_p)
     assistant = SpokenAssistant.load(run_dir, sampling=sampling, **options)
     written, codes = answer_all(assistant, questions, folder / ANSWERS, batch_size)

@@ -58,6 +58,8 @@ def main(
       description: its docstring; the first paragraph is shown by --help.
       add_flags: adds the job's own flags; those that are given become arguments of `run`.
     """
+    host_memory.keep_freed_memory()
+    sys.unraisablehook = _show_unraisable
     sys.exit(launch(module, description, sys.argv[1:], add_flags))
 
 
@@ -70,7 +72,6 @@ def launch(
     """`main` with explicit arguments; returns the exit code."""
     flags, bindings = _parse_flags(module, description, arguments, add_flags)
     prepare_environment()
-    host_memory.keep_freed_memory()
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -113,12 +114,9 @@ def prepare_environment() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     for name in ("jax._src.xla_bridge", "jax._src.compilation_cache"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Orbax logs the traceback of whatever its threads then raise here, and the writes that a full
-    # disk leaves behind complain through the hook that the loop which waited for them is gone.
+    # Orbax logs the traceback of whatever its threads then raise here.
     for name in ("absl", "orbax", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    show = sys.unraisablehook
-    sys.unraisablehook = lambda what: "loop is closed" in str(what.exc_value) or show(what)
 
 
 def closing_line(result: dict[str, Any], as_json: bool = False) -> str:
@@ -312,6 +310,12 @@ def _call(run, given: dict[str, Any], files: Sequence[str]):
 
 def _interrupt(signum, frame):
     raise KeyboardInterrupt
+
+
+def _show_unraisable(what) -> None:
+    """All but what writes that a full disk left behind say: their event loop is gone."""
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
 
 
 def _fail(message: str) -> int:

@@ -177,7 +177,8 @@ def main(argv: list[str] | None = None) -> int:
                 return fail(f"{run_dir}: is being worked on by another process; wait for it")
             return run_stages(stages, flags.size, run_dir, extra, again, False)
     except OSError as error:
-        return fail(f"{error.filename or run_dir}: {error.strerror}; give another --run_dir")
+        place = error.filename or run_dir
+        return fail(f"{place}: {error.strerror}; mend that, or give another --run_dir")
 
 
 @contextlib.contextmanager
@@ -190,7 +191,7 @@ def only_here(run_dir: str):
     with open(pathlib.Path(run_dir) / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             yield False
         else:
             yield True

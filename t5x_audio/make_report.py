@@ -87,12 +87,13 @@ def _editions(page, root: pathlib.Path, path: pathlib.Path) -> list[tuple[pathli
     return [(path, text), *([(picture, losses)] if losses else [])]
 
 
-def _command(root: pathlib.Path) -> str:
-    """What makes the run again, going by its ledger."""
+def _command(root: pathlib.Path) -> str | None:
+    """What makes the run again, going by its ledger; None if that tells no size, or several."""
     commands = [row["command"] for row in _read_json(root / "stages.json").values()]
-    sizes = re.findall(r"gin/models/(\w+)\.gin", " ".join(commands))
-    size = sizes[-1] if sizes else "demo"
-    return f"python -m t5x_audio.life --size={size} --run_dir=runs/{size}"
+    sizes = set(re.findall(r"gin/models/(\w+)\.gin", " ".join(commands)))
+    if len(sizes) != 1:
+        return None
+    return f"python -m t5x_audio.life --size={sizes.pop()} --run_dir=runs/{root.name}"
 
 
 def gather(root: pathlib.Path, title: str):
@@ -249,7 +250,7 @@ def _stages(root: pathlib.Path, ledger: Mapping[str, Any]):
     return tuple(stages)
 
 
-def _facts(root, results: Mapping[str, Any], ledger: Mapping[str, Any]):
+def _facts(root: pathlib.Path, results: Mapping[str, Any], ledger: Mapping[str, Any]):
     """(name, value) of seeds, machine and versions."""
     import importlib.metadata
 

@@ -120,7 +120,7 @@ def run(
                     batch, host_batch, iterator_state = next(batches)
                 except StopIteration:
                     raise progress.data_ended(directory, step - 1, steps) from None
-                step_flops = count_flops(state, batch)
+                step_flops = count_flops(state, batch, learner.branch(step - 1))
                 state, metrics = train_step(state, batch)
                 unlogged.append(metrics)
                 console.advance(host_batch, step_flops)

@@ -201,7 +201,7 @@ def test_operative_config_holds_what_was_used(job, tmp_path):
     assert "STEPS = 5" in text and "toyjob.Thing.size = %SIZE" in text
 
 
-@pytest.mark.parametrize("module", ["train", "merge"])
+@pytest.mark.parametrize("module", ["train", "merge", "infer"])
 def test_help_is_quick_and_loads_nothing_heavy(module):
     code = (
         "import sys, runpy\nsys.argv = ['x', '--help']\n"

@@ -4,9 +4,10 @@ It is what a repository keeps of a run, where the page of `report.py` is what on
 listens to. Both are made from the same `Report`.
 """
 
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from t5x_audio.evaluation import curves
 from t5x_audio.evaluation.report import Report, Stage, Table, duration
@@ -20,28 +21,28 @@ _STYLE = (
 )
 
 
-def render(report: Report, command: str, picture: str | None) -> str:
+def render(report: Report, command: str | None, picture: str | None) -> str:
     """The page as Markdown.
 
     Args:
       report: what to tell.
-      command: what makes the run again, told under the title.
+      command: what makes the run again, told under the title; None = unknown.
       picture: relative path of the SVG of `draw_losses`; None = there is none.
     """
-    parts = [f"# {report.title}", report.lead, f"Made by `{command}`."]
+    parts = [f"# {report.title}", report.lead]
+    parts += [f"Made by `{command}`."] if command else []
     for table in report.tables:
         parts += [f"## {table.title}", table_markdown(table)]
-        parts += [f"- {name}: {note}" for name, note in table.notes.items() if _has(table, name)]
+        names = [row[0] for row in table.rows if row[0] in table.notes]
+        parts += [_list((name, table.notes[name]) for name in names)] if names else []
     timed = [stage for stage in report.stages if stage.seconds is not None]
     if timed:
         parts += ["## Where time and arithmetic went", _times(timed)]
     if picture:
         parts += ["## Losses", f"![losses of every stage over its steps]({picture})"]
         parts.append("Blue: training and its running mean; orange: held out.")
-    parts += ["## Made with", "\n".join(f"- {name}: {value}" for name, value in report.facts)]
-    # Items of a list stand together, all else apart.
-    text = "\n\n".join(parts).replace("\n\n- ", "\n- ")
-    return "\n".join(_space_lists(text.splitlines())) + "\n"
+    parts += ["## Made with", _list(report.facts)]
+    return "\n\n".join(parts) + "\n"
 
 
 def draw_losses(stages: Sequence[Stage]) -> str | None:
@@ -70,8 +71,7 @@ def time_in_steps(stage: Stage) -> float | None:
     (rates, *_) = stage.metrics.get("steps_per_second", [None])
     if rates is None:
         return None
-    ends = (0, *rates.steps)
-    spans = [last - first for first, last in zip(ends, ends[1:], strict=False)]
+    spans = [last - first for first, last in itertools.pairwise((0, *rates.steps))]
     return sum(span / rate for span, rate in zip(spans, rates.values, strict=True))
 
 
@@ -104,14 +104,5 @@ def table_markdown(table: Table) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
-def _has(table: Table, name: str) -> bool:
-    return any(row[0] == name for row in table.rows)
-
-
-def _space_lists(lines: Sequence[str]) -> list[str]:
-    spaced: list[str] = []
-    for line in lines:
-        if line.startswith("- ") and spaced and spaced[-1] and not spaced[-1].startswith("- "):
-            spaced.append("")
-        spaced.append(line)
-    return spaced
+def _list(items: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in items)

@@ -2,11 +2,10 @@
 
 The linguistic encoder is an ordinary CTC recogniser; the semantic tokenizer has its quantiser in
 the middle, so its loss adds the commitment of the features to their codes. Text units are what the
-batches hold, SentencePiece ids or bytes; the blank is 0 (<unk>, which CTC never has to emit). With
-little speech the semantic tokenizer learns several times faster from bytes: they are nearer to the
-sounds that a code can hold. Source: Graves et al.,
-"Connectionist Temporal Classification" (ICML 2006); loss by optax; SpecAugment by Park et al.
-(arXiv 1904.08779).
+batches hold, SentencePiece ids or bytes (nearer to the sounds that a code can hold, for when there
+is little speech to learn from); the blank is 0 (<unk>, which CTC never has to emit). Source: Graves
+et al., "Connectionist Temporal Classification" (ICML 2006); loss by optax; SpecAugment by Park et
+al. (arXiv 1904.08779).
 
 Choices: features are computed inside the compiled step, so that datasets carry waveforms only. The
 loss is per text unit. An example with more units (and forced blanks between equal neighbours) than

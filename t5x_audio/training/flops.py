@@ -21,40 +21,48 @@ def count_flops(function, *args, **kwargs) -> int:
       *args, **kwargs: its arguments, or ShapeDtypeStructs in their place.
 
     A `while` loop, whose length is unknown, is counted once; of a `cond` the dearest branch counts.
+    What a Pallas kernel does is not seen.
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
+    return _jaxpr_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr, None)
 
 
 class StepFlops:
-    """FLOPs of a jitted training step by the shapes of its batch; each is counted once."""
+    """FLOPs of a jitted training step by the shapes of its batch and its phase, counted once."""
 
     def __init__(self, step):
         """`step`: the jitted function of (state, batch)."""
         self._step, self._known = step, {}
 
-    def __call__(self, state, batch) -> int:
-        """FLOPs of `step(state, batch)`; nothing is run, and the trace serves the call too."""
+    def __call__(self, state, batch, branch: int | None = None) -> int:
+        """FLOPs of `step(state, batch)`; nothing is run, and the trace serves the call too.
+
+        Args:
+          state, batch: of the step.
+          branch: which branch its `cond` takes (see `Learner.branch`); None = the dearest.
+        """
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-        if shapes not in self._known:
-            self._known[shapes] = _jaxpr_flops(self._step.trace(state, batch).jaxpr.jaxpr)
-        return self._known[shapes]
+        if (shapes, branch) not in self._known:
+            jaxpr = self._step.trace(state, batch).jaxpr.jaxpr
+            self._known[shapes, branch] = _jaxpr_flops(jaxpr, branch)
+        return self._known[shapes, branch]
 
 
-def _jaxpr_flops(jaxpr) -> int:
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+def _jaxpr_flops(jaxpr, branch: int | None) -> int:
+    return sum(_equation_flops(equation, branch) for equation in jaxpr.eqns)
 
 
-def _equation_flops(equation) -> int:
+def _equation_flops(equation, branch: int | None) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _dot_flops(equation)
     if name == "conv_general_dilated":
         return _convolution_flops(equation)
     if name == "scan":
-        return params["length"] * _jaxpr_flops(params["jaxpr"].jaxpr)
+        return params["length"] * _jaxpr_flops(params["jaxpr"].jaxpr, branch)
     if name == "cond":
-        return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
-    return sum(_jaxpr_flops(inner) for inner in _inner_jaxprs(params))
+        costs = [_jaxpr_flops(one.jaxpr, branch) for one in params["branches"]]
+        return max(costs) if branch is None else costs[branch]
+    return sum(_jaxpr_flops(inner, branch) for inner in _inner_jaxprs(params))
 
 
 def _dot_flops(equation) -> int:

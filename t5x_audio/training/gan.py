@@ -112,6 +112,10 @@ class GanLearner(learner.Learner):
         state = self._update("generator", state, grads)
         return state.replace(step=state.step + 1), metrics
 
+    def branch(self, step: int) -> int:
+        """1 once the discriminators play."""
+        return int(step >= self.disc_start_step)
+
     def _play(self, state: TrainState, fake, real):
         """Updates the discriminators; -> (state, loss, d loss / d fake, values)."""
 

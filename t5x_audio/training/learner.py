@@ -83,6 +83,14 @@ class Learner(abc.ABC):
         """`state` with the weights that training starts from. Reads the disk; not jittable."""
         return state
 
+    def branch(self, step: int) -> int | None:
+        """Which branch of its `lax.cond` (0 is false) the step after `step` takes; None: no cond.
+
+        Only the count of floating-point operations asks.
+        """
+        del step
+        return None
+
 
 class Objective(Protocol):
     """What is minimised. `model` is a live module; its non-param Variables may be updated."""

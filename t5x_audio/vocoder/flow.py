@@ -14,9 +14,9 @@ Choices:
 - `residual_std`: what a velocity owes to the noisy mel x_t itself can be written down if the mel is
   a mean known from the conditions plus Gaussian noise of this deviation s: k(t) x_t with
   k = (t s^2 - (1 - t)) / (t^2 s^2 + (1 - t)^2). Added outside, the U-Net has the mean to learn and
-  need not pass 80 channels of noise through its norms, which is most of what a short training
-  spends its steps on. It is the idea of EDM's skip connection (Karras et al., arXiv 2206.00364,
-  section 5) on the straight path. Published: none.
+  need not pass 80 channels of noise through its norms, for which a short training is too short. It
+  is the idea of EDM's skip connection (Karras et al., arXiv 2206.00364, section 5) on the straight
+  path. Published: none.
 """
 
 import dataclasses

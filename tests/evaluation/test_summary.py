@@ -39,7 +39,9 @@ def test_page(stages):
     assert "| together | 1 min 09 s |  |  |" in lines and not any("sft2" in x for x in lines)
     assert "![losses of every stage over its steps](tiny.svg)" in lines
     assert lines[-2:] == ["- seed: 0", "- python: 3"] and lines[-3] == ""
-    assert "tiny.svg" not in summary.render(report, "make tiny", None)
+    assert "Made by `make tiny`." in lines
+    bare = summary.render(report, None, None)
+    assert "tiny.svg" not in bare and "Made by" not in bare
 
 
 def test_losses_are_one_valid_picture(stages):

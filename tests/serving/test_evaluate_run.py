@@ -114,9 +114,11 @@ def test_an_answer_without_audio_is_silence_and_leaves_no_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["resynthesis"]
 
 
-def test_unknown_split(run_dir):
+def test_an_unknown_split_leaves_earlier_results(evaluated):
+    root, _ = evaluated
     with pytest.raises(UserError, match="split='train'"):
-        _evaluate(run_dir, split="train", model_dir=str(run_dir / "e"))
+        _evaluate(root, split="train")
+    assert (root / "evaluation" / "results.json").is_file()
 
 
 def test_run_without_questions(run_dir, tmp_path):

@@ -57,6 +57,16 @@ def test_the_dearest_branch_counts():
     assert count_flops(choose, True, jnp.ones((6, 6))) == 2 * 6**3
 
 
+def test_the_branch_of_a_step():
+    @jax.jit
+    def step(state, batch):
+        return jax.lax.cond(state > 0, lambda x: x @ x, lambda x: x, batch)
+
+    count = StepFlops(step)
+    costs = [count(1, jnp.ones((6, 6)), branch) for branch in (0, 1, None)]
+    assert costs == [0, 2 * 6**3, 2 * 6**3]
+
+
 def test_a_step_is_counted_once_a_shape_and_traced_once():
     traced = []
 
