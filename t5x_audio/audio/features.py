@@ -59,13 +59,16 @@ class WhisperMelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MelConfig:
-    """The vocoder's natural-log mel magnitude spectrum; defaults are CosyVoice-1's."""
+    """The vocoder's natural-log mel magnitude spectrum; defaults are CosyVoice-1's.
+
+    num_mels None keeps every bin of the spectrum (fmin and fmax are then not used).
+    """
 
     sample_rate: int = 22050
     n_fft: int = 1024
     hop: int = 256
     win: int = 1024
-    num_mels: int = 80
+    num_mels: int | None = 80
     fmin: float = 0.0
     fmax: float | None = 8000.0
     floor: float = 1e-5
@@ -166,15 +169,17 @@ def mel_spectrogram(samples, config: MelConfig = MelConfig(), lengths=None):
       lengths: int [...] true samples of each row; None = all T.
 
     Returns:
-      float32 [..., T // hop, num_mels]; frames past lengths // hop are 0.
+      float32 [..., T // hop, num_mels or bins]; frames past lengths // hop are 0.
     """
     total = samples.shape[-1]
     padded = reflect_pad(samples.astype(jnp.float32), (config.n_fft - config.hop) // 2, lengths)
     power = power_spectrogram(padded, config.n_fft, config.hop, config.win)
-    filters = mel_filters.mel_filters(
-        config.sample_rate, config.n_fft, config.num_mels, config.fmin, config.fmax
-    )
-    mel = _project(jnp.sqrt(power + 1e-9), filters)
+    mel = jnp.sqrt(power + 1e-9)
+    if config.num_mels is not None:
+        filters = mel_filters.mel_filters(
+            config.sample_rate, config.n_fft, config.num_mels, config.fmin, config.fmax
+        )
+        mel = _project(mel, filters)
     log_mel = jnp.log(jnp.maximum(mel, config.floor))[..., : config.num_frames(total), :]
     return _mask(
         log_mel, log_mel.shape[-2], None if lengths is None else config.num_frames(lengths)

@@ -34,11 +34,11 @@ class F0Config:
     hop: int = 256
     window: int = 768
     fmin: float = 60.0
-    fmax: float = 500.0
+    fmax: float = 400.0
     threshold: float = 0.15
-    voicing: float = 0.35
+    voicing: float = 0.5
     silence: float = 1e-3
-    median: int = 3
+    median: int = 5
 
 
 def estimate_f0(samples: jax.Array, config: F0Config = F0Config()) -> jax.Array:

@@ -45,6 +45,24 @@ def spread(standard_deviation: float):
     return init
 
 
+def interpolating(stride: int, standard_deviation: float):
+    """Initialiser of an up-sampling kernel [K, in, out]: channels mixed at random, time linear.
+
+    Independent taps would give each of the `stride` output phases another weight, a tone at the
+    input's frame rate from the first step on (checkerboard artefacts; Aitken et al. 2017,
+    arXiv 1707.02937). A triangle over time has none. The deviation is that of the mixture.
+    """
+
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        del out_sharding
+        taps = jnp.arange(shape[0]) - (shape[0] - 1) / 2.0
+        triangle = jnp.maximum(1.0 - jnp.abs(taps) / stride, 0.0)
+        mixture = hashed_uniform(key, shape[1:], standard_deviation)
+        return (triangle[:, None, None] * mixture).astype(dtype)
+
+    return init
+
+
 def _mix(x: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)

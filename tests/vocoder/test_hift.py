@@ -49,7 +49,21 @@ def test_shape_range_and_determinism(generator):
     assert jnp.abs(samples - run(generator, mel, jax.random.key(2))).max() > 0
 
 
-def test_padding_does_not_change_a_row(generator):
+FILTER = dataclasses.replace(
+    SMALL,
+    upsample_rates=(4,),
+    upsample_kernels=(8,),
+    source_kernels=(3,),
+    istft_n_fft=240,
+    istft_hop=60,
+    phase_range=math.pi,
+    filters_source=True,
+)
+
+
+@pytest.mark.parametrize("config", [SMALL, FILTER], ids=["spectrum", "filter"])
+def test_padding_does_not_change_a_row(build, config):
+    generator = build(config)
     mel = jax.random.normal(jax.random.key(0), (2, 9, 12))
     source = jax.random.normal(jax.random.key(1), (2, 9 * SMALL.hop)) * 0.1
     lengths = jnp.array([5, 9])
@@ -88,6 +102,25 @@ def test_source_is_periodic_where_voiced():
     voiced, period = samples[: 6 * config.hop], 16000 // 200
     np.testing.assert_allclose(voiced[period:], voiced[:-period], atol=1e-4)
     assert samples[6 * config.hop :].std() > 1e-3
+
+
+def test_harmonics_above_half_the_rate_are_silent():
+    config = dataclasses.replace(SMALL, num_harmonics=9, random_phase=False, noise_std=0.0)
+    source = HarmonicSource(config, nnx.Rngs(0))
+    source.merge.kernel[...] = source.merge.kernel[...] * 1e-3  # tanh makes overtones of its own
+    samples = nnx.jit(lambda s, *a: s(*a))(source, jnp.full((1, 20), 1500.0), jax.random.key(0))
+    power = np.abs(np.fft.rfft(np.asarray(samples)[0, : 16 * 240] * np.hanning(16 * 240)))
+    peaks = np.flatnonzero(power > 1e-3 * power.max())
+    frequencies = sorted({round(float(k) * 16000 / (16 * 240), -2) for k in peaks})
+    assert frequencies == [1500.0 * k for k in range(1, 6)]  # the sixth would fold to 7000 Hz
+
+
+def test_a_neutral_filter_returns_its_source(build):
+    generator = build(FILTER)
+    generator.conv_post.scale[...] = generator.conv_post.scale[...] * 0.0
+    mel = jax.random.normal(jax.random.key(0), (1, 8, 12))
+    source = jax.random.normal(jax.random.key(1), (1, 8 * FILTER.hop)) * 0.1
+    np.testing.assert_allclose(generator.decode(mel, source), source, atol=1e-5)
 
 
 def test_every_parameter_learns(generator):
