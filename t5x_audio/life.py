@@ -107,11 +107,16 @@ class Ledger:
         output = self.path.parent / stage.output
         return "finished" in row and self._is_same(row, argv) and output.exists()
 
-    def add(self, stage: Stage, argv: list[str], seconds: float, *, finished: bool) -> None:
-        """Adds a run; `seconds` are added to those of earlier, interrupted runs."""
+    def add(self, stage: Stage, argv: list[str], seconds: float, finished: bool, made: bool):
+        """Adds a run; `seconds` are added to those of earlier, interrupted runs.
+
+        One that found its output made already (`made` False) leaves the time that took.
+        """
         known = self.rows.get(stage.name, {})
-        if not self._is_same(known, argv) or not (self.path.parent / stage.output).exists():
+        if made and not self._is_same(known, argv):
             known = {}
+        if known and not made:
+            seconds = 0.0
         row = {
             "command": shlex.join(argv[1:]),
             "settings": settings(argv),
@@ -223,14 +228,24 @@ def run_stages(stages, size: str, run_dir: str, extra: list[str], again: bool, d
 
 def run_stage(stage: Stage, argv: list[str], ledger: Ledger) -> int:
     """Runs one job and keeps its time, also that of an interrupted one; returns its exit code."""
-    begun = time.monotonic()
+    output = ledger.path.parent / stage.output
+    before, begun = newest_change(output), time.monotonic()
+    if before is None:
+        ledger.rows.pop(stage.name, None)  # The output was deleted: its time is gone with it.
     code = run_job(argv)
+    made = code != 0 or newest_change(output) != before
     try:
-        ledger.add(stage, argv, time.monotonic() - begun, finished=code == 0)
+        ledger.add(stage, argv, time.monotonic() - begun, code == 0, made)
     except OSError:
         if code == 0:  # Otherwise the job has said what is wrong, such as a full disk.
             raise
     return code
+
+
+def newest_change(path: pathlib.Path) -> int | None:
+    """When a file at or under `path` was last written, in ns; None when there is no file."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return max((file.stat().st_mtime_ns for file in files if file.is_file()), default=None)
 
 
 def run_job(argv: list[str]) -> int:

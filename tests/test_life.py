@@ -75,8 +75,15 @@ def test_finished_stages_are_skipped_and_a_failure_stops(in_root, monkeypatch, t
 
 def test_time_before_an_interruption_counts(in_root, monkeypatch, tmp_path):
     (tmp_path / "corpus").mkdir()
-    codes, clock = iter([130, 0, 0]), iter(range(0, 1000, 10))
-    monkeypatch.setattr(life, "run_job", lambda argv: next(codes))
+    codes, clock = iter([130, 0, 0, 0]), iter(range(0, 1000, 10))
+    writes = iter([True, True, False, True])
+
+    def job(argv):
+        if next(writes):
+            (tmp_path / "corpus" / f"{time.time_ns()}").touch()
+        return next(codes)
+
+    monkeypatch.setattr(life, "run_job", job)
     monkeypatch.setattr(life.time, "monotonic", lambda: next(clock))
     stage, ledger = life.STAGES[0], life.Ledger(tmp_path)
     argv = life.command(stage, "toy", str(tmp_path), [])
@@ -85,10 +92,12 @@ def test_time_before_an_interruption_counts(in_root, monkeypatch, tmp_path):
     assert life.run_stage(stage, argv, ledger) == 0
     again = life.Ledger(tmp_path)
     assert again.finished(stage, argv) and again.rows[stage.name]["seconds"] == 20
-    # Other settings are another run.
-    monkeypatch.setattr(life, "settings", lambda argv: "other")
-    assert not again.finished(stage, argv)
-    assert life.run_stage(stage, argv, again) == 0 and again.rows[stage.name]["seconds"] == 10
+    # Other settings are another run; its time is the old one when it found nothing to do.
+    for other, seconds in (("other", 20), ("a third", 10)):
+        monkeypatch.setattr(life, "settings", lambda argv, other=other: other)
+        assert not again.finished(stage, argv)
+        assert life.run_stage(stage, argv, again) == 0 and again.finished(stage, argv)
+        assert again.rows[stage.name]["seconds"] == seconds
 
 
 def test_two_lives_of_one_run_are_refused(in_root, monkeypatch, tmp_path, capsys):
