@@ -36,6 +36,8 @@ def run(
     keep_every: int | None = None,
     throughput_key: str | None = None,
     throughput_unit: str = "examples",
+    profile_at: int | None = None,
+    profile_steps: int = 5,
     mesh: "MeshShape | None" = None,
     rules: "ShardingRules | None" = None,
 ) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def run(
       throughput_key: batch field that is counted for the rate: the sum of a vector (lengths), the
         nonzero elements of anything larger (segment ids). None counts examples.
       throughput_unit: what that is.
+      profile_at, profile_steps: first step and number of steps to trace into <model_dir>/profile.
       mesh: devices along each mesh axis; default all of them on `data`.
       rules: logical axes to mesh axes.
 
@@ -67,7 +70,15 @@ def run(
     # Heavy, and of no use to --help.
     import jax
 
-    from t5x_audio.training import checkpoints, flops, partitioning, prefetch, progress, provenance
+    from t5x_audio.training import (
+        checkpoints,
+        flops,
+        partitioning,
+        prefetch,
+        profiling,
+        progress,
+        provenance,
+    )
     from t5x_audio.training.metrics import MetricWriter, summarize
 
     mesh = (mesh or partitioning.MeshShape()).make()
@@ -112,6 +123,7 @@ def run(
 
         writer = MetricWriter(directory, from_step=start)
         console = progress.Console(directory, start, steps, throughput_key, throughput_unit)
+        profile = profiling.ProfileWindow(directory, profile_at, profile_steps)
         batches = prefetch.Prefetch(iterator, place)
         unlogged = []
         try:
@@ -121,7 +133,9 @@ def run(
                 except StopIteration:
                     raise progress.data_ended(directory, step - 1, steps) from None
                 step_flops = count_flops(state, batch, learner.branch(step - 1))
+                profile.before(step, state)
                 state, metrics = train_step(state, batch)
+                profile.after(step, metrics)
                 unlogged.append(metrics)
                 console.advance(host_batch, step_flops)
                 if step == start + 1:
@@ -152,6 +166,7 @@ def run(
                     raise KeyboardInterrupt(f"{directory} saved at step {step} of {steps}")
         finally:
             batches.close()
+            profile.close()
             console.close()
             writer.close()
     if jax.process_index() == 0:
