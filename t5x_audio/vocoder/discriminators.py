@@ -79,12 +79,7 @@ class PeriodDiscriminator(nnx.Module):
         extra = -length % self.period
         x = jnp.pad(samples, ((0, 0), (0, extra)), mode="reflect")
         x = x.reshape(batch, -1, self.period).swapaxes(1, 2).reshape(batch * self.period, -1, 1)
-        hidden = []
-        for layer in self.layers:
-            x = jax.nn.leaky_relu(layer(x), _SLOPE)
-            hidden.append(x)
-        score = self.post(x)
-        return score[..., 0], [*hidden, score]
+        return _judge(x, self.layers, self.post)
 
 
 class ResolutionDiscriminator(nnx.Module):
@@ -121,12 +116,16 @@ class ResolutionDiscriminator(nnx.Module):
         padded = features.reflect_pad(samples, n_fft // 2)
         power = features.power_spectrogram(padded, n_fft, hop, window)
         x = jnp.sqrt(power + 1e-9)[..., None]
-        hidden = []
-        for layer in self.layers:
-            x = jax.nn.leaky_relu(layer(x), _SLOPE)
-            hidden.append(x)
-        score = self.post(x)
-        return score[..., 0], [*hidden, score]
+        return _judge(x, self.layers, self.post)
+
+
+def _judge(x: jax.Array, layers, post) -> Judgement:
+    hidden = []
+    for layer in layers:
+        x = jax.nn.leaky_relu(layer(x), _SLOPE)
+        hidden.append(x)
+    score = post(x)
+    return score[..., 0], [*hidden, score]
 
 
 class Discriminators(nnx.Module):

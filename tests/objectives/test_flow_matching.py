@@ -7,27 +7,11 @@ from flax import nnx
 
 from t5x_audio.audio.features import MelConfig, mel_spectrogram
 from t5x_audio.objectives.flow_matching import FlowMatchingObjective
-from t5x_audio.vocoder.conformer import ConformerConfig
-from t5x_audio.vocoder.flow import FlowConfig
-from t5x_audio.vocoder.unet import UnetConfig
+from tests.toy_vocoder import FLOW
 
 MEL = MelConfig(sample_rate=16000, n_fft=256, hop=240, win=256, num_mels=6)
-CONFIG = FlowConfig(
-    codebook=30,
-    num_mels=6,
-    speaker_dim=4,
-    sample_rate=16000,
-    hop=240,
-    encoder=ConformerConfig(width=8, num_layers=1, num_heads=2, mlp_dim=16, dropout=0.0),
-    regulator_layers=1,
-    estimator=UnetConfig(
-        channels=(8,), num_mid_stages=1, num_blocks=1, num_heads=2, head_dim=4, norm_groups=4
-    ),
-    mel_mean=-5.0,
-    mel_std=2.0,
-)
 OBJECTIVE = FlowMatchingObjective(mel=MEL)
-_make = nnx.jit(lambda: CONFIG.make(nnx.Rngs(0)))
+_make = nnx.jit(lambda: FLOW.make(nnx.Rngs(0)))
 _evaluate = nnx.jit(lambda m, b: OBJECTIVE(m, b, jax.random.key(0), False))
 
 

@@ -9,30 +9,16 @@ from t5x_audio.training.gan import GanLearner
 from t5x_audio.training.optimizers import AdamW
 from t5x_audio.vocoder.discriminators import DiscriminatorConfig
 from t5x_audio.vocoder.f0 import F0Config
-from t5x_audio.vocoder.hift import HiftConfig
+from tests.toy_vocoder import HIFT
 
-MEL = MelConfig(sample_rate=16000, n_fft=256, hop=240, win=256, num_mels=10)
+MEL = MelConfig(sample_rate=16000, n_fft=256, hop=240, win=256, num_mels=HIFT.num_mels)
 START = 3
 
 
 @pytest.fixture(scope="module")
 def learner():
     return GanLearner(
-        generator=HiftConfig(
-            num_mels=10,
-            sample_rate=16000,
-            base_channels=16,
-            num_harmonics=2,
-            upsample_rates=(15,),
-            upsample_kernels=(31,),
-            istft_n_fft=32,
-            istft_hop=16,
-            resblock_kernels=(3,),
-            resblock_dilations=(1,),
-            source_kernels=(3,),
-            f0_channels=8,
-            f0_layers=1,
-        ),
+        generator=HIFT,
         discriminator=DiscriminatorConfig((2,), (4, 4), ((64, 16, 64),), 4),
         objective=GanObjective(
             mel=MEL, loss_mels=(MEL,), f0=F0Config(sample_rate=16000, hop=240), f0_scale=20.0

@@ -8,25 +8,8 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t5x_audio.vocoder.conformer import ConformerConfig
 from t5x_audio.vocoder.flow import FlowConfig, noise_share
-from t5x_audio.vocoder.unet import UnetConfig
-
-SMALL = FlowConfig(
-    codebook=30,
-    num_mels=6,
-    speaker_dim=4,
-    sample_rate=16000,
-    hop=240,
-    encoder=ConformerConfig(width=8, num_layers=1, num_heads=2, mlp_dim=16, dropout=0.0),
-    regulator_layers=1,
-    estimator=UnetConfig(
-        channels=(8,), num_mid_stages=1, num_blocks=1, num_heads=2, head_dim=4, norm_groups=4
-    ),
-    num_steps=3,
-    mel_mean=-5.0,
-    mel_std=2.0,
-)
+from tests.toy_vocoder import FLOW
 
 
 @nnx.jit
@@ -40,7 +23,7 @@ def flow(build):
         kernel = jax.random.normal(jax.random.key(9), (1, 8, 6)) * 0.3
         model.estimator.project.kernel[...] = kernel
 
-    return build(SMALL, edit=wake)
+    return build(FLOW, edit=wake)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +45,7 @@ def test_published_size():
 
 @given(groups=st.integers(0, 2000))
 def test_mel_length_is_the_duration_of_the_codes(groups):
-    assert SMALL.mel_lengths(5 * groups) == 8 * groups
+    assert FLOW.mel_lengths(5 * groups) == 8 * groups
     assert FlowConfig().mel_lengths(5 * groups) == int(groups * 22050 * 0.12 / 256 + 1e-9)
 
 
@@ -131,7 +114,7 @@ def test_share_of_the_noise_is_the_regression_of_velocity_on_mel(deviation):
 
 def test_an_untrained_flow_with_residual_std_turns_noise_into_mels_of_that_deviation(build, inputs):
     """The projection starts at zero, so the U-Net says nothing: the mel's mean is 0 then."""
-    config = dataclasses.replace(SMALL, residual_std=0.5, num_steps=100)
+    config = dataclasses.replace(FLOW, residual_std=0.5, num_steps=100)
     codes, _, speaker, _ = inputs
     noise = jax.random.normal(jax.random.key(3), (2, 32, 6))
 
@@ -139,5 +122,5 @@ def test_an_untrained_flow_with_residual_std_turns_noise_into_mels_of_that_devia
         model.estimator.project.kernel[...] = jnp.zeros((1, 8, 6))
 
     mel = _sample(build(config, edit=untrained), noise, codes, jnp.array([20, 20]), speaker)
-    assert np.std(np.asarray(mel)) / SMALL.mel_std == pytest.approx(0.5, rel=0.1)
-    assert np.mean(np.asarray(mel)) == pytest.approx(SMALL.mel_mean, abs=0.2)
+    assert np.std(np.asarray(mel)) / FLOW.mel_std == pytest.approx(0.5, rel=0.1)
+    assert np.mean(np.asarray(mel)) == pytest.approx(FLOW.mel_mean, abs=0.2)

@@ -7,40 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5x_audio.errors import UserError
-from t5x_audio.vocoder.conformer import ConformerConfig
-from t5x_audio.vocoder.flow import FlowConfig
-from t5x_audio.vocoder.hift import HiftConfig
 from t5x_audio.vocoder.token_vocoder import TokenVocoder
-from t5x_audio.vocoder.unet import UnetConfig
+from tests.toy_vocoder import FLOW, HIFT
 
-FLOW = FlowConfig(
-    codebook=30,
-    num_mels=6,
-    speaker_dim=4,
-    sample_rate=16000,
-    hop=240,
-    encoder=ConformerConfig(width=8, num_layers=1, num_heads=2, mlp_dim=16),
-    regulator_layers=1,
-    estimator=UnetConfig(
-        channels=(8,), num_mid_stages=1, num_blocks=1, num_heads=2, head_dim=4, norm_groups=4
-    ),
-    num_steps=2,
-)
-HIFT = HiftConfig(
-    num_mels=6,
-    sample_rate=16000,
-    base_channels=8,
-    num_harmonics=2,
-    upsample_rates=(15,),
-    upsample_kernels=(31,),
-    istft_n_fft=32,
-    istft_hop=16,
-    resblock_kernels=(3,),
-    resblock_dilations=(1,),
-    source_kernels=(3,),
-    f0_channels=8,
-    f0_layers=1,
-)
 SPEAKER = np.array([1.0, -1.0, 0.5, 0.0], np.float32)
 
 
