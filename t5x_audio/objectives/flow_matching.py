@@ -29,6 +29,8 @@ class FlowMatchingObjective:
       mel: features the flow learns; same rate and hop as the model's configuration.
       condition_dropout: share of rows without any condition, in training.
       prompt_probability: share of rows with a mel prefix, in training.
+      prior_weight: of the squared error of mu itself, the prior loss of Grad-TTS and Matcha-TTS
+        (arXiv 2309.03199); for `FlowConfig.residual_std`. Published here: 0.
       prompt_fraction: longest prefix, as a share of the utterance.
     """
 
@@ -36,6 +38,7 @@ class FlowMatchingObjective:
     condition_dropout: float = 0.2
     prompt_probability: float = 0.5
     prompt_fraction: float = 0.3
+    prior_weight: float = 0.0
 
     def __call__(self, model, batch, rng: jax.Array, train: bool):
         """See the class; `rng` draws times, noise, prefixes, dropped conditions and dropout."""
@@ -55,6 +58,7 @@ class FlowMatchingObjective:
         mask = length_mask(frames, size)
         target = model.normalise(_fit(log_mel, size)) * mask
         conditions = conditions.replace(mask=mask)
+        prior = (jnp.square(conditions.mu - target) * mask).sum()
         rows = target.shape[0]
         if train:
             conditions = conditions.replace(prompt=target * self._prefix(frames, size, rngs[1]))
@@ -69,8 +73,9 @@ class FlowMatchingObjective:
         velocity = model.velocity((1.0 - shrink * t) * noise + t * target, time, conditions)
         squared = jnp.square(velocity - (target - shrink * noise)) * mask
         error, weight = squared.sum(), mask.sum() * target.shape[-1]
-        loss = error / jnp.maximum(weight, 1.0)
-        return loss, {"velocity_mse": (error, weight)}
+        loss = (error + self.prior_weight * prior) / jnp.maximum(weight, 1.0)
+        metrics = {"velocity_mse": (error, weight)}
+        return loss, metrics | ({"mu_mse": (prior, weight)} if self.prior_weight else {})
 
     def _prefix(self, frames, size: int, rng):
         """Float32 [B, F, 1]: 1 on a random prefix of some rows."""

@@ -11,12 +11,12 @@ Choices:
   integer rule with no drift. Shapes are static; lengths are arrays.
 - `mel_mean` and `mel_std` standardise the mel inside the model (published: 0 and 1). Small models
   train much faster on data of unit scale.
-- `residual_std`: what a velocity owes to the noisy mel x_t itself can be written down if the mel is
-  a mean known from the conditions plus Gaussian noise of this deviation s: k(t) x_t with
-  k = (t s^2 - (1 - t)) / (t^2 s^2 + (1 - t)^2). Added outside, the U-Net has the mean to learn and
-  need not pass 80 channels of noise through its norms, for which a short training is too short. It
-  is the idea of EDM's skip connection (Karras et al., arXiv 2206.00364, section 5) on the straight
-  path. Published: none.
+- `residual_std`: if the mel were Gaussian with mean mu and this deviation s, the velocity could be
+  written down: mu + k(t) (x_t - t mu) with k = (t s^2 - (1 - t)) / (t^2 s^2 + (1 - t)^2). That part
+  is added outside, so mu becomes the expected mel, learnt straight from the codes, and the U-Net
+  has what is left to learn. Alone it must pass the noise and mu through all its norms, for which a
+  short training is too short. It is the idea of EDM's skip connection (Karras et al.,
+  arXiv 2206.00364, section 5) on the straight path. Published: none.
 """
 
 import dataclasses
@@ -175,7 +175,8 @@ class FlowMatching(nnx.Module):
         velocity = self.estimator(joined, c.mask, time)
         if self.config.residual_std is None:
             return velocity
-        return velocity + noise_share(time, self.config.residual_std)[:, None, None] * x * c.mask
+        share = noise_share(time, self.config.residual_std)[:, None, None]
+        return velocity + (c.mu + share * (x - time[:, None, None] * c.mu)) * c.mask
 
     def sample(self, conditions: Conditions, noise: jax.Array) -> jax.Array:
         """Solves the flow from noise.

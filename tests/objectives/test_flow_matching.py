@@ -69,6 +69,23 @@ def test_training_lowers_the_loss(batch):
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_prior_adds_the_squared_error_of_mu(batch):
+    model = _make()
+    conditions = model.conditions(batch["codes"], batch["code_lengths"], batch["speaker_embedding"])
+    mel = mel_spectrogram(batch["audio"], MEL, batch["audio_lengths"])[:, : conditions.mu.shape[1]]
+    codes, audio = (np.asarray(batch[f"{k}_lengths"]) for k in ("code", "audio"))
+    errors = []
+    for row, frames in enumerate(np.minimum(codes * 8 // 5, audio // 240)):
+        wanted = model.normalise(mel[row, :frames])
+        errors.append(np.asarray(conditions.mu[row, :frames] - wanted).ravel())
+    wanted = np.mean(np.square(np.concatenate(errors)))
+    objective = FlowMatchingObjective(mel=MEL, prior_weight=0.5)
+    loss, metrics = objective(model, batch, jax.random.key(0), False)
+    assert metrics["mu_mse"][0] / metrics["mu_mse"][1] == pytest.approx(wanted, rel=1e-4)
+    plain = OBJECTIVE(model, batch, jax.random.key(0), False)[0]
+    assert loss - plain == pytest.approx(0.5 * wanted, rel=1e-3)
+
+
 def test_prefix_is_short_and_in_about_half_of_the_rows():
     frames = jnp.full(400, 50)
     prefix = np.asarray(OBJECTIVE._prefix(frames, 50, jax.random.key(0)))[..., 0]
