@@ -27,7 +27,7 @@ from t5x_audio.training.metrics import read_metrics
 
 KINDS = {
     "matrix products": r"dot|ynn|gemm|matmul",
-    "convolutions": r"conv",
+    "convolutions": r"convolution|conv_general",
     "FFT": r"fft",
     "sort, gather, scatter": r"sort|gather|scatter|dynamic",
     "layout": r"copy|transpose|pad|slice|concatenate|reverse|broadcast_fusion",
@@ -79,7 +79,9 @@ def profile(stage: life.Stage, flags, folder: pathlib.Path) -> dict:
     ]
     if stage.name == "train_hift":  # its discriminators play in the traced steps
         extra.append("--gin.HIFT_DISC_START_STEP=0")
-    subprocess.run(life.command(stage, flags.size, flags.run_dir, extra), check=True)
+    job = subprocess.run(life.command(stage, flags.size, flags.run_dir, extra), check=False)
+    if job.returncode:  # it has said why
+        sys.exit(job.returncode)
     rates = [row for row in read_metrics(model_dir) if "gflop_per_second" in row]
     spent = time_by_operation(max((model_dir / "profile").rglob("*.xplane.pb")))
     total, shares = sum(spent.values()), collections.Counter()

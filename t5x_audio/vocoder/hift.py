@@ -7,8 +7,8 @@ the last stage gives magnitude and phase of a small iSTFT.
 
 Choices:
 - Every size is a field; the mel's hop must equal prod(upsample_rates) * istft_hop.
-- With `filters_source` the last stage is a time-varying filter of the source. A generator of 2 M
-  weights and 2,000 steps learns that; published (False), it made hiss of tones at its frame rates.
+- With `filters_source` the last stage is a time-varying filter of the source, for small generators
+  and short trainings: as published (False), these make hiss from tones at their frame rates.
 - The source starts as a pulse train (all harmonics at weight 1), up-sampling as interpolation.
 - With `lengths` all convolutions see zeros beyond an utterance's end and the mirrored edges sit at
   its own end: the result does not depend on padding.
