@@ -14,8 +14,9 @@ Choices:
 - `residual_std`: if the mel were Gaussian with mean mu and this deviation s, the velocity could be
   written down: mu + k(t) (x_t - t mu) with k = (t s^2 - (1 - t)) / (t^2 s^2 + (1 - t)^2). That part
   is added outside, so mu becomes the expected mel, learnt straight from the codes, and the U-Net
-  has what is left to learn. Alone it must pass the noise and mu through all its norms, for which a
-  short training is too short. It is the idea of EDM's skip connection (Karras et al.,
+  has what is left to learn; where the conditions are dropped, mu is 0 and s is 1, the deviation of
+  all standardised mels. Alone the U-Net must pass the noise and mu through all its norms, for
+  which a short training is too short. It is the idea of EDM's skip connection (Karras et al.,
   arXiv 2206.00364, section 5) on the straight path. Published: none.
 """
 
@@ -49,9 +50,11 @@ class FlowConfig:
       hop: samples of a mel frame.
       encoder: the code encoder.
       regulator_layers: convolutions of the length regulator.
+      regulator_residual: whether each is added to its input (published: not).
       estimator: the U-Net.
       sigma_min: width of the path's end.
       guidance: classifier-free guidance rate of sampling.
+      temperature: standard deviation of the noise that sampling starts from.
       num_steps: Euler steps of sampling.
       mel_mean: subtracted from the log-mel inside the model.
       mel_std: divides it.
@@ -67,9 +70,11 @@ class FlowConfig:
     hop: int = 256
     encoder: ConformerConfig = ConformerConfig()
     regulator_layers: int = 4
+    regulator_residual: bool = False
     estimator: UnetConfig = UnetConfig()
     sigma_min: float = 1e-6
     guidance: float = 0.7
+    temperature: float = 1.0
     num_steps: int = 10
     mel_mean: float = 0.0
     mel_std: float = 1.0
@@ -87,12 +92,16 @@ class FlowConfig:
 
 @flax.struct.dataclass
 class Conditions:
-    """What the velocity depends on, at mel rate: mu, prompt [B, F, M], speaker [B, M], mask."""
+    """What the velocity depends on, at mel rate: mu, prompt [B, F, M], speaker [B, M], mask.
+
+    `kept` float [B] is 0 in the rows whose conditions were dropped.
+    """
 
     mu: jax.Array
     speaker: jax.Array
     prompt: jax.Array
     mask: jax.Array
+    kept: jax.Array
 
     def keep(self, kept: jax.Array) -> "Conditions":
         """mu, speaker and prompt zeroed together in the rows where `kept` float [B] is 0."""
@@ -101,6 +110,7 @@ class Conditions:
             self.speaker * kept[:, None],
             self.prompt * kept[:, None, None],
             self.mask,
+            self.kept * kept,
         )
 
 
@@ -119,7 +129,9 @@ class FlowMatching(nnx.Module):
         self.encoder = config.encoder.make(rngs)
         self.project = linear(width, mels, ("embed", None), dtype="float32", rngs=rngs)
         self.speaker = linear(config.speaker_dim, mels, (None, None), dtype="float32", rngs=rngs)
-        self.regulator = LengthRegulator(mels, config.regulator_layers, config.dtype, rngs)
+        self.regulator = LengthRegulator(
+            mels, config.regulator_layers, config.regulator_residual, config.dtype, rngs
+        )
         self.estimator = Unet(4 * mels, mels, config.estimator, rngs)
 
     def normalise(self, mel: jax.Array) -> jax.Array:
@@ -164,7 +176,7 @@ class FlowMatching(nnx.Module):
         mu = self.regulator(x, code_lengths, lengths, size, mask, prompts)
         norm = jnp.linalg.norm(speaker_embedding, axis=-1, keepdims=True)
         speaker = self.speaker(speaker_embedding / jnp.maximum(norm, 1e-12))
-        return Conditions(mu, speaker, prompt, mask)
+        return Conditions(mu, speaker, prompt, mask, jnp.ones(codes.shape[0]))
 
     def velocity(self, x: jax.Array, time: jax.Array, conditions: Conditions) -> jax.Array:
         """d x / d t of the flow: x float32 [B, F, M], time float32 [B] -> float32 [B, F, M]."""
@@ -175,7 +187,8 @@ class FlowMatching(nnx.Module):
         velocity = self.estimator(joined, c.mask, time)
         if self.config.residual_std is None:
             return velocity
-        share = noise_share(time, self.config.residual_std)[:, None, None]
+        deviation = jnp.where(c.kept > 0, self.config.residual_std, 1.0)
+        share = noise_share(time, deviation)[:, None, None]
         return velocity + (c.mu + share * (x - time[:, None, None] * c.mu)) * c.mask
 
     def sample(self, conditions: Conditions, noise: jax.Array) -> jax.Array:
@@ -203,11 +216,12 @@ class FlowMatching(nnx.Module):
             return x + (end - start) * guided, None
 
         steps = jnp.asarray(np.stack([times[:-1], times[1:]], axis=1), jnp.float32)
-        x, _ = jax.lax.scan(euler, noise.astype(jnp.float32), steps)
+        start = config.temperature * noise.astype(jnp.float32)
+        x, _ = jax.lax.scan(euler, start, steps)
         return (x * config.mel_std + config.mel_mean) * conditions.mask
 
 
-def noise_share(time: jax.Array, residual_std: float) -> jax.Array:
+def noise_share(time: jax.Array, residual_std: jax.Array) -> jax.Array:
     """k of the module docstring: d E[velocity | x_t] / d x_t for Gaussian mels; shape of `time`."""
-    variance, rest = residual_std**2, 1.0 - time
+    variance, rest = jnp.square(residual_std), 1.0 - time
     return (time * variance - rest) / (jnp.square(time) * variance + jnp.square(rest))

@@ -91,6 +91,17 @@ def test_the_recogniser_is_silent_on_nothing():
     assert listener.transcribe([np.zeros(0, np.float32)]) == [""]
 
 
+def test_words_heard_are_bounded_by_the_duration(monkeypatch):
+    listener = recognizer.Recognizer(workers=1)
+    time = np.arange(32000) / 16000
+    phase = 2 * np.pi * 90 * time + 3 * np.sin(5 * time)
+    hum = 0.1 * sum(np.sin(k * phase) / k for k in range(1, 30)) * np.abs(np.sin(6 * time))
+    whole = listener.transcribe([hum])[0]  # "Mm-hmm."
+    monkeypatch.setattr(recognizer, "TOKENS_PER_SECOND", 0)
+    monkeypatch.setattr(recognizer, "SPARE_TOKENS", 1)
+    assert len(listener.transcribe([hum])[0]) < len(whole)
+
+
 def test_variants_are_speakers_of_their_own():
     rng = np.random.default_rng(0)
     voiced = np.convolve((np.arange(16000) % 130 == 0) * 1.0, rng.normal(size=60) * 0.2)[:16000]

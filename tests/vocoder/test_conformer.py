@@ -3,9 +3,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
-from t5x_audio.vocoder.conformer import ConformerConfig, relative_positions, relative_shift
+from t5x_audio.errors import UserError
+from t5x_audio.vocoder.conformer import (
+    ConformerConfig,
+    ConvolutionModule,
+    relative_positions,
+    relative_shift,
+)
 from t5x_audio.vocoder.convolution import length_mask
 
 SMALL = ConformerConfig(width=16, num_layers=2, num_heads=2, mlp_dim=24, dropout=0.1)
@@ -29,8 +36,9 @@ def test_positions_are_sinusoids_of_the_distance():
 _run = nnx.jit(lambda model, *args: model(*args))
 
 
-def test_padding_and_shape(build):
-    model = build(SMALL)
+@pytest.mark.parametrize("kernel", [None, 3])
+def test_padding_and_shape(build, kernel):
+    model = build(dataclasses.replace(SMALL, convolution_kernel=kernel))
     x = jax.random.normal(jax.random.key(0), (2, 9, 16))
     mask = length_mask(jnp.array([5, 9]), 9)
     y = _run(model, x * mask, mask)
@@ -56,3 +64,22 @@ def test_bfloat16_stays_close(build):
     half = _run(build(dataclasses.replace(SMALL, dtype="bfloat16")), x, mask)
     assert half.dtype == jnp.float32
     assert jnp.abs(full - half).mean() < 0.05
+
+
+def test_convolution_module_is_gulatis_formula_over_the_neighbours():
+    config = dataclasses.replace(SMALL, convolution_kernel=3)
+    module = ConvolutionModule(config, nnx.Rngs(0))
+    x = np.asarray(jax.random.normal(jax.random.key(0), (1, 7, 16)), np.float64)
+    up = x[0] @ np.asarray(module.up.kernel[...]) + np.asarray(module.up.bias[...])
+    gated = np.pad(up[:, :16] / (1.0 + np.exp(-up[:, 16:])), ((1, 1), (0, 0)))
+    kernel = np.asarray(module.depthwise[...], np.float64)
+    y = np.stack([(gated[t : t + 3] * kernel).sum(0) for t in range(7)])
+    y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5)
+    y = y / (1.0 + np.exp(-y)) @ np.asarray(module.down.kernel[...])
+    np.testing.assert_allclose(module(jnp.asarray(x), jnp.ones((1, 7, 1)))[0], y, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [0, 4])
+def test_even_kernel_is_refused(kernel):
+    with pytest.raises(UserError, match=f"convolution_kernel={kernel}"):
+        ConformerConfig(convolution_kernel=kernel)

@@ -126,3 +126,16 @@ def test_a_silent_estimator_with_residual_std_gives_mu_and_that_deviation(build,
     mel = model.normalise(_sample(model, noise, codes, lengths, speaker))
     difference = (mel - (conditions.mu + 0.5 * noise)) * conditions.mask
     assert np.abs(np.asarray(difference)).max() < 0.05
+
+    dropped = conditions.keep(jnp.zeros(2))
+    velocity = nnx.jit(lambda f, *a: f.velocity(*a))(model, noise, jnp.full(2, 0.25), dropped)
+    unit = noise_share(jnp.float32(0.25), 1.0) * noise * conditions.mask
+    np.testing.assert_allclose(velocity, unit, atol=1e-5)
+
+
+def test_temperature_scales_the_noise_that_sampling_starts_from(build, flow, inputs):
+    codes, lengths, speaker, noise = inputs
+    cool = build(dataclasses.replace(FLOW, temperature=0.5), edit=lambda model: None)
+    nnx.update(cool, nnx.state(flow))
+    half = _sample(flow, 0.5 * noise, codes, lengths, speaker)
+    np.testing.assert_allclose(_sample(cool, noise, codes, lengths, speaker), half, atol=1e-5)

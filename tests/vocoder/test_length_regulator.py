@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from t5x_audio.vocoder.convolution import length_mask
@@ -32,8 +33,9 @@ def test_prompt_and_rest_do_not_mix():
     np.testing.assert_allclose(weights[8:, 5:], rest, atol=1e-6)
 
 
-def test_regulator_is_independent_of_padding():
-    model = LengthRegulator(6, 2, "float32", nnx.Rngs(0))
+@pytest.mark.parametrize("residual", [False, True])
+def test_regulator_is_independent_of_padding(residual):
+    model = LengthRegulator(6, 2, residual, "float32", nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 10, 6))
     lengths, frames = jnp.array([5, 10]), jnp.array([8, 16])
     run = nnx.jit(lambda m, *args: m(*args), static_argnums=4)
@@ -41,3 +43,13 @@ def test_regulator_is_independent_of_padding():
     alone = run(model, x[:1, :5], lengths[:1], frames[:1], 8, jnp.ones((1, 8, 1)))
     np.testing.assert_allclose(both[:1, :8], alone, rtol=1e-4, atol=1e-5)
     assert not both[0, 8:].any()
+
+
+def test_residual_passes_the_input_by_the_convolutions():
+    model = LengthRegulator(6, 2, True, "float32", nnx.Rngs(0))
+    for convolution in model.convolutions:
+        convolution.kernel[...] = jnp.zeros_like(convolution.kernel[...])
+    x = jax.random.normal(jax.random.key(0), (1, 10, 6))
+    weights = _weights(jnp.array([10]), jnp.array([16]), 10, 16)
+    y = model(x, jnp.array([10]), jnp.array([16]), 16, jnp.ones((1, 16, 1)))
+    np.testing.assert_allclose(y, model.out(weights @ x), rtol=1e-4, atol=1e-5)
