@@ -30,7 +30,8 @@ class FlowMatchingObjective:
       condition_dropout: share of rows without any condition, in training.
       prompt_probability: share of rows with a mel prefix, in training.
       prior_weight: of the squared error of mu itself, the prior loss of Grad-TTS and Matcha-TTS
-        (arXiv 2309.03199); for `FlowConfig.residual_std`. Published here: 0.
+        (arXiv 2309.03199); for `FlowConfig.residual_std`. mu then learns from this error alone: the
+        velocity's gradient carries the noise of times and draws. Published here: 0.
       prompt_fraction: longest prefix, as a share of the utterance.
     """
 
@@ -59,6 +60,8 @@ class FlowMatchingObjective:
         target = model.normalise(_fit(log_mel, size)) * mask
         conditions = conditions.replace(mask=mask)
         prior = (jnp.square(conditions.mu - target) * mask).sum()
+        if self.prior_weight:
+            conditions = conditions.replace(mu=jax.lax.stop_gradient(conditions.mu))
         rows = target.shape[0]
         if train:
             conditions = conditions.replace(prompt=target * self._prefix(frames, size, rngs[1]))

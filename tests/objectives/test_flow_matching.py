@@ -86,6 +86,22 @@ def test_prior_adds_the_squared_error_of_mu(batch):
     assert loss - plain == pytest.approx(0.5 * wanted, rel=1e-3)
 
 
+def test_with_a_prior_mu_learns_from_it_alone(batch):
+    """Draws of times and noise change the loss, but not what the encoder learns."""
+    graph, params = nnx.split(_make())
+    params["estimator"]["project"]["kernel"][...] += 0.3
+
+    def encoder_gradient(objective, seed):
+        def loss(params):
+            return objective(nnx.merge(graph, params), batch, jax.random.key(seed), False)[0]
+
+        return jax.grad(loss)(params)["project"]["kernel"][...]
+
+    prior = FlowMatchingObjective(mel=MEL, prior_weight=1.0)
+    np.testing.assert_allclose(encoder_gradient(prior, 0), encoder_gradient(prior, 1), rtol=1e-4)
+    assert not np.allclose(encoder_gradient(OBJECTIVE, 0), encoder_gradient(OBJECTIVE, 1), rtol=0.1)
+
+
 def test_prefix_is_short_and_in_about_half_of_the_rows():
     frames = jnp.full(400, 50)
     prefix = np.asarray(OBJECTIVE._prefix(frames, 50, jax.random.key(0)))[..., 0]
