@@ -102,6 +102,18 @@ def test_with_a_prior_mu_learns_from_it_alone(batch):
     assert not np.allclose(encoder_gradient(OBJECTIVE, 0), encoder_gradient(OBJECTIVE, 1), rtol=0.1)
 
 
+def test_velocity_share_takes_the_first_rows_and_mu_all(batch):
+    objective = FlowMatchingObjective(mel=MEL, prior_weight=1.0, velocity_share=0.5)
+    codes, audio = (np.asarray(batch[f"{k}_lengths"]) for k in ("code", "audio"))
+    frames = np.minimum(codes * 8 // 5, audio // 240)
+    assert len(frames) > 1
+    first = frames[: round(len(frames) / 2)].sum()
+    for train, wanted in ((True, first), (False, frames.sum())):
+        _, metrics = objective(_make(), batch, jax.random.key(0), train)
+        assert metrics["mu_mse"][1] == frames.sum() * MEL.num_mels
+        assert metrics["velocity_mse"][1] == wanted * MEL.num_mels
+
+
 def test_prefix_is_short_and_in_about_half_of_the_rows():
     frames = jnp.full(400, 50)
     prefix = np.asarray(OBJECTIVE._prefix(frames, 50, jax.random.key(0)))[..., 0]
