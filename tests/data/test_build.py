@@ -16,9 +16,11 @@ class Voice:
 
     def __init__(self, mumbles=(), first_only=()):
         self.mumbles, self.first_only, self.said = set(mumbles), set(first_only), []
+        self.manners = {}
 
-    def speak(self, lines, **settings):
+    def speak(self, lines, work_dir, **manner):
         assert len(set(lines)) == len(lines)
+        self.manners |= dict.fromkeys(lines, manner)
         return [self._say(line) for line in lines]
 
     def _say(self, line):
@@ -57,10 +59,16 @@ def _build(tmp_path, voice, ear):
 
 
 def test_splits_voices_and_answers(tmp_path):
-    summary = _build(tmp_path, Voice(), Ear())
+    voice = Voice()
+    summary = _build(tmp_path, voice, Ear())
     assert summary["questions"] == 60 and summary["test_questions"] == 14
     assert not (tmp_path / "work").exists()
     rows = {row["id"]: row for row in corpus.read_questions(tmp_path / "qa")}
+    for question in world.make_questions(60, 14, _DIALS.fact_share, _DIALS.seed):
+        asked = {"length_scale": 0.9, "noise_scale": 0.667, "duration_noise": 0.8}
+        told = {"length_scale": 1.1, "noise_scale": 0.2, "duration_noise": 0.2}
+        assert voice.manners[question.spoken_question] == asked
+        assert voice.manners[question.spoken_answer] == told
     seen = {}
     for split in records.SPLITS:
         clips = list(corpus.iterate_clips(tmp_path / "qa", split))

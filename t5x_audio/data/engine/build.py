@@ -58,9 +58,11 @@ class SpokenQuestions:
       num_questions, num_test_questions, fact_share, seed: see `world.make_questions`.
       num_voices: training voices, the base voice included.
       voices_per_question: training voices a training question is spoken in; 1.5 = one or two.
-      length_scale: duration of the voice's sounds; below 1 is faster.
+      length_scale: duration of the voice's sounds in questions; below 1 is faster.
+      answer_length_scale: the same in answers, which a model learns to say: unhurried, so that a
+        short sound has a code or two of its own.
       question_noise, answer_noise: how much takes differ (piper's noise scale and duration noise).
-        Answers vary less: they are what a model has to learn to say.
+        Answers vary less: the codes of equal sounds should be equal.
       retakes: how often a clip that fails the check is spoken again.
       batch_size: texts spoken by one start of the voice; also what an interruption may cost.
       num_shards: files a split.
@@ -73,8 +75,9 @@ class SpokenQuestions:
     num_voices: int = 6
     voices_per_question: float = 3.5
     length_scale: float = 0.9
+    answer_length_scale: float = 1.1
     question_noise: tuple[float, float] = (0.667, 0.8)
-    answer_noise: tuple[float, float] = (0.4, 0.4)
+    answer_noise: tuple[float, float] = (0.2, 0.2)
     retakes: int = 2
     batch_size: int = 48
     num_shards: int = 1
@@ -126,22 +129,25 @@ class SpokenQuestions:
         return files
 
     def _digest(self, batch: list[PlannedClip]) -> str:
-        settings = [self.length_scale, self.question_noise, self.answer_noise]
+        settings = self._manner(batch)
         voices = {clip.speaker: dataclasses.asdict(variants.VOICES[clip.speaker]) for clip in batch}
         content = [settings, voices, [dataclasses.astuple(clip) for clip in batch]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
+    def _manner(self, batch: list[PlannedClip]) -> dict:
+        """How the voice speaks a batch, which is of one role."""
+        answers = batch[0].role == "answer"
+        noise_scale, duration_noise = self.answer_noise if answers else self.question_noise
+        return {
+            "length_scale": self.answer_length_scale if answers else self.length_scale,
+            "noise_scale": noise_scale,
+            "duration_noise": duration_noise,
+        }
+
     def _make_batch(self, batch: list[PlannedClip], path: str, voice, recognizer) -> None:
         """Speaks, varies, checks and stores what passes."""
-        noise = self.answer_noise if batch[0].role == "answer" else self.question_noise
         lines = list(dict.fromkeys(clip.spoken for clip in batch))
-        takes = voice.speak(
-            lines,
-            length_scale=self.length_scale,
-            noise_scale=noise[0],
-            duration_noise=noise[1],
-            work_dir=os.path.dirname(path),
-        )
+        takes = voice.speak(lines, work_dir=os.path.dirname(path), **self._manner(batch))
         said = dict(zip(lines, takes, strict=True))
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # Fourier transforms mostly
             audio = list(pool.map(lambda c: variants.VOICES[c.speaker](said[c.spoken]), batch))
