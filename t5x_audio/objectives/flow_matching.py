@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_audio.audio.features import MelConfig, mel_spectrogram
+from t5x_audio.errors import UserError
 from t5x_audio.vocoder.convolution import length_mask
 
 
@@ -32,8 +33,9 @@ class FlowMatchingObjective:
       prior_weight: of the squared error of mu itself, the prior loss of Grad-TTS and Matcha-TTS
         (arXiv 2309.03199); for `FlowConfig.residual_std`. mu then learns from this error alone: the
         velocity's gradient carries the noise of times and draws. Published here: 0.
-      velocity_share: share of a batch's rows that train the velocity too; the others train mu only,
-        which costs a small model a third of the time. For `prior_weight`. Published: 1.
+      velocity_share: share of a batch's rows, at least one, that train the velocity too; the
+        others train mu only, which is much cheaper than the U-Net. Below 1 only with
+        `prior_weight`. Published: 1.
       prompt_fraction: longest prefix, as a share of the utterance.
     """
 
@@ -43,6 +45,14 @@ class FlowMatchingObjective:
     prompt_fraction: float = 0.3
     prior_weight: float = 0.0
     velocity_share: float = 1.0
+
+    def __post_init__(self):
+        lowest = 0.0 if self.prior_weight else 1.0
+        if not lowest <= self.velocity_share <= 1.0:
+            raise UserError(
+                f"FlowMatchingObjective.velocity_share={self.velocity_share}: give 0 to 1, "
+                "below 1 only together with prior_weight"
+            )
 
     def __call__(self, model, batch, rng: jax.Array, train: bool):
         """See the class; `rng` draws times, noise, prefixes, dropped conditions and dropout."""

@@ -8,7 +8,7 @@ Choices:
 - Interpolation is a product with a hat-function matrix built from the row's own lengths: no gather
   forwards and no scatter backwards.
 - `residual` adds each convolution's output to its input, so that what the encoder knows reaches mu
-  past the norms over whole utterances; small models learn mu twice as fast. Published: False.
+  past the norms over whole utterances; a short training learns mu sooner. Published: False.
 """
 
 import jax

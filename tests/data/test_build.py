@@ -50,7 +50,15 @@ def plain_voices(monkeypatch):
 
 
 _DIALS = build.SpokenQuestions(
-    num_questions=60, num_test_questions=14, num_voices=3, voices_per_question=1.5, batch_size=10
+    num_questions=60,
+    num_test_questions=14,
+    num_voices=3,
+    voices_per_question=1.5,
+    batch_size=10,
+    length_scale=0.7,
+    question_noise=(0.5, 0.6),
+    answer_length_scale=1.2,
+    answer_noise=(0.3, 0.1),
 )
 
 
@@ -65,8 +73,8 @@ def test_splits_voices_and_answers(tmp_path):
     assert not (tmp_path / "work").exists()
     rows = {row["id"]: row for row in corpus.read_questions(tmp_path / "qa")}
     for question in world.make_questions(60, 14, _DIALS.fact_share, _DIALS.seed):
-        asked = {"length_scale": 0.9, "noise_scale": 0.667, "duration_noise": 0.8}
-        told = {"length_scale": 1.1, "noise_scale": 0.2, "duration_noise": 0.2}
+        asked = {"length_scale": 0.7, "noise_scale": 0.5, "duration_noise": 0.6}
+        told = {"length_scale": 1.2, "noise_scale": 0.3, "duration_noise": 0.1}
         assert voice.manners[question.spoken_question] == asked
         assert voice.manners[question.spoken_answer] == told
     seen = {}

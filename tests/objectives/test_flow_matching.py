@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from t5x_audio.audio.features import MelConfig, mel_spectrogram
+from t5x_audio.errors import UserError
 from t5x_audio.objectives.flow_matching import FlowMatchingObjective
 from tests.toy_vocoder import FLOW
 
@@ -112,6 +113,12 @@ def test_velocity_share_takes_the_first_rows_and_mu_all(batch):
         _, metrics = objective(_make(), batch, jax.random.key(0), train)
         assert metrics["mu_mse"][1] == frames.sum() * MEL.num_mels
         assert metrics["velocity_mse"][1] == wanted * MEL.num_mels
+
+
+@pytest.mark.parametrize(("weight", "share"), [(0.0, 0.5), (1.0, 1.5), (1.0, -0.1)])
+def test_a_share_that_would_train_nothing_is_refused(weight, share):
+    with pytest.raises(UserError, match=f"velocity_share={share}"):
+        FlowMatchingObjective(prior_weight=weight, velocity_share=share)
 
 
 def test_prefix_is_short_and_in_about_half_of_the_rows():

