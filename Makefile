@@ -1,4 +1,4 @@
-# make demo   the whole life of a small audio LLM on this machine (about 20 minutes on 2 cores)
+# make demo   the whole life of a small audio LLM on this machine (about 30 minutes on 2 cores)
 # make tiny   the same, larger (up to 2 hours); resumable, like demo
 # make test   the tests
 # make parity comparisons with independent implementations, in an environment of their own
