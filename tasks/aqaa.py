@@ -1,12 +1,12 @@
 """AQAA: a spoken question in, an answer of interleaved text and audio out; typed questions too.
 
 Each question as each speaker asked it, with the answer in the base voice. Judged by whether the
-written channel holds the words that make the answer right.
+written channel ends in the words that make the answer right.
 """
 
 from collections.abc import Callable
 
-from t5x_audio.evaluation.answers import contains_short_answer
+from t5x_audio.evaluation.answers import ends_in_short_answer
 from t5x_audio.sequences.layouts import Layouts
 from tasks.asr import as_text
 from tasks.corpus import SpokenQuestion, TokenCorpus
@@ -75,7 +75,7 @@ def answer_postprocess(layouts: Layouts) -> Callable:
 
 
 def text_accuracy(targets: list[str], predictions: list[str]) -> dict[str, float]:
-    """Percent of written answers that hold the words of the short answer, in order."""
+    """Percent of written answers that end in the words of the short answer."""
     pairs = list(zip(targets, predictions, strict=True))
-    right = sum(contains_short_answer(text, short) for short, text in pairs)
+    right = sum(ends_in_short_answer(text, short) for short, text in pairs)
     return {"text_accuracy": 100 * right / max(len(pairs), 1)}

@@ -308,7 +308,7 @@ class FlowBatches(_Batches):
         return super().__iter__()
 
     def _know_speakers(self, split: str, index: ClipIndex) -> None:
-        if index.keys[0] not in self._speakers:
+        if not self._speakers.keys() >= set(index.keys):
             self._speakers |= speaker_embeddings(self._embeddings_path, split, index, self._embed)
 
     def batch(self, place: int) -> dict[str, np.ndarray]:

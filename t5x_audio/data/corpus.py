@@ -35,7 +35,7 @@ class Clip:
       speaker: name of the voice.
       role: 'question', 'answer' or 'utterance'.
       question_id: the question it asks or answers; '' for none.
-      category: kind of question; '' for none.
+      category: kind of question, or 'reading'; '' for none.
     """
 
     id: str

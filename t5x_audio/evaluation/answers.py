@@ -1,9 +1,9 @@
 """Is an answer right? Judged on words, the same for what was written and for what was heard.
 
 A question of the spoken question world has one `short_answer`: the words that make an answer right
-("seven", "three four five"). An answer is right when those words stand in it next to each other
-and in that order. A spoken number is one thing: "five" is not in "twenty five", nor is "twenty"
-in "one hundred and twenty".
+("seven", "three four five"). An answer is right when it ends in them: what it names before may be
+an echo of the question ("the opposite of hot is cold"). A spoken number is one thing: "twenty five"
+does not end in "five", nor "one hundred and twenty" in "twenty".
 
 Plain Python: SeqIO tasks use it as their metric and the evaluation as its judge. Step-Audio has a
 large language model judge free answers (paper section 6.1); a closed question needs none.
@@ -21,14 +21,15 @@ _SCALES = {"hundred", "thousand"}
 _SMALL = _UNITS | _TEENS | _TENS
 
 
-def contains_short_answer(text: str, short_answer: str, by_sound: bool = False) -> bool:
-    """Whether the words of `short_answer` stand in `text`, adjacent and in order.
+def ends_in_short_answer(text: str, short_answer: str, by_sound: bool = False) -> bool:
+    """Whether `text` ends in the words of `short_answer`.
 
     Args:
       text: an answer, written or heard, in any spelling.
       short_answer: the words that make it right.
-      by_sound: take words that sound the same for one word, and a row of digits for a number or
-        for single digits, as is fair to a transcript: nobody hears whether "two" or "to" was meant.
+      by_sound: take words that sound the same for one word, and a row of digits for a number or,
+        where several words are wanted, for single digits, as is fair to a transcript: nobody hears
+        whether "two" or "to" was meant.
 
     Raises:
       ValueError: `short_answer` has no words.
@@ -36,19 +37,16 @@ def contains_short_answer(text: str, short_answer: str, by_sound: bool = False) 
     if not normalize(short_answer):
         raise ValueError(f"the short answer {short_answer!r} has no words")
     if not by_sound:
-        return _contains(normalize(text).split(), normalize(short_answer).split())
+        return _ends_in(normalize(text).split(), normalize(short_answer).split())
     wanted = sounds_like(short_answer).split()
-    readings = (sounds_like(text, one_by_one) for one_by_one in (False, True))
-    return any(_contains(reading.split(), wanted) for reading in readings)
+    # Read digit by digit, "14" would end in "four".
+    readings = (False, True) if len(wanted) > 1 else (False,)
+    return any(_ends_in(sounds_like(text, one_by_one).split(), wanted) for one_by_one in readings)
 
 
-def _contains(words: list[str], wanted: list[str]) -> bool:
-    return any(
-        words[start : start + len(wanted)] == wanted
-        and not _one_number(words[:start], wanted)
-        and not _one_number(wanted, words[start + len(wanted) :])
-        for start in range(len(words) - len(wanted) + 1)
-    )
+def _ends_in(words: list[str], wanted: list[str]) -> bool:
+    before, end = words[: -len(wanted)], words[-len(wanted) :]
+    return end == wanted and not _one_number(before, wanted)
 
 
 def _one_number(left: Sequence[str], right: Sequence[str]) -> bool:

@@ -30,7 +30,7 @@ from t5x_audio.data import corpus, records
 from t5x_audio.data.text_normalization import sounds_like
 from t5x_audio.errors import UserError
 from t5x_audio.evaluation import wer
-from t5x_audio.evaluation.answers import contains_short_answer
+from t5x_audio.evaluation.answers import ends_in_short_answer
 from t5x_audio.evaluation.similarity import cosine
 from t5x_audio.tokenizers import dual_codebook
 
@@ -46,7 +46,7 @@ class SpokenQuestion:
       id, category: as in the corpus.
       novelty: in what way it is new to the model; '' where the corpus does not say.
       question, answer: what is said.
-      short_answer: the words that make an answer right.
+      short_answer: the words in which a right answer ends.
       audio: float32 [T] at 16 kHz, the question in the voice that only tests hear.
       recording: float32 [U] at 16 kHz, the true answer.
       codes: int32 [5 g], flat local codes of the true answer.
@@ -171,10 +171,10 @@ class Judges:
 
 
 def _judge(heard: str, text: str, short: str) -> dict[str, Any]:
-    """What is made of a transcript: `text` should have been said, `short` must have been."""
+    """What is made of a transcript: `text` should have been said, ending in `short`."""
     counts = wer.count_errors(sounds_like(text), sounds_like(heard))
     return {
-        "heard_right": contains_short_answer(heard, short, by_sound=True),
+        "heard_right": ends_in_short_answer(heard, short, by_sound=True),
         "word_errors": counts.errors,
         "words": counts.words,
     }
@@ -224,7 +224,7 @@ def assess(
     rows = [
         {name: getattr(one, name) for name in ("id", "category", "novelty", "question", "answer")}
         | {"short_answer": one.short_answer, "written": text}
-        | {"written_right": contains_short_answer(text, one.short_answer)}
+        | {"written_right": ends_in_short_answer(text, one.short_answer)}
         for one, text in zip(questions, written, strict=True)
     ]
     for kind in tqdm.tqdm(KINDS, desc="judging", unit="set"):

@@ -1,10 +1,12 @@
 """The data engine end to end with a voice and an ear of arithmetic: kept, dropped, continued."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from t5x_audio.data import corpus, records
-from t5x_audio.data.engine import build, variants, world
+from t5x_audio.data.engine import build, readings, variants, world
 from t5x_audio.data.text_normalization import normalize
 from t5x_audio.errors import UserError
 
@@ -95,6 +97,27 @@ def test_splits_voices_and_answers(tmp_path):
     assert {clip.speaker for clip in seen["train"]} == {"joe", "kim", "lee"}
     assert len(seen["train"]) == 69 and len(seen["test"]) == len(seen["validation"]) == 14
     assert _build(tmp_path, None, None) == summary  # a finished corpus needs neither
+
+
+def test_readings_are_utterances_of_the_base_voice_in_the_manner_of_answers(tmp_path):
+    dials = dataclasses.replace(_DIALS, num_readings=60)
+    sentences = readings.make_readings(world.make_questions(60, 14), 60)
+    voice = Voice(mumbles=[sentences[0].text])
+    summary = dials.build(str(tmp_path / "qa"), str(tmp_path / "work"), voice, Ear())
+    assert summary["checked"]["reading"] == {"made": 60, "kept": 59, "dropped": 1}
+    assert summary["questions"] == 60
+    read = {}
+    for split in records.SPLITS:
+        clips = corpus.iterate_clips(tmp_path / "qa", split)
+        read[split] = [clip for clip in clips if clip.role == "utterance"]
+        for clip in read[split]:
+            assert (clip.speaker, clip.category, clip.question_id) == ("joe", "reading", "")
+            assert "".join(chr(round(v * 256)) for v in clip.samples[::_BLOCK]) == clip.text
+    assert not read["test"] and len(read["validation"]) < 10
+    texts = {clip.text for clips in read.values() for clip in clips}
+    assert texts == {sentence.text for sentence in sentences[1:]}
+    told = {"length_scale": 1.2, "noise_scale": 0.3, "duration_noise": 0.1}
+    assert all(voice.manners[sentence.spoken] == told for sentence in sentences)
 
 
 def test_wrong_clips_are_said_again_then_dropped(tmp_path):

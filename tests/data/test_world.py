@@ -7,7 +7,7 @@ import pytest
 from t5x_audio.data.engine import world
 from t5x_audio.data.text_normalization import normalize
 from t5x_audio.errors import UserError
-from t5x_audio.evaluation.answers import contains_short_answer
+from t5x_audio.evaluation.answers import ends_in_short_answer
 
 
 @pytest.fixture(scope="module", params=[(24, 7), (1000, 120), (1620, 120)])
@@ -47,7 +47,7 @@ def test_texts_are_clean_and_answers_right(questions):
             assert text == normalize(text) and text
         assert normalize(q.spoken_question) == q.question
         assert normalize(q.spoken_answer) == q.answer
-        assert contains_short_answer(q.answer, q.short_answer)
+        assert ends_in_short_answer(q.answer, q.short_answer)
         assert not any(ch.isdigit() for ch in q.spoken_question + q.spoken_answer)
     vocabulary = {word for q in questions for word in f"{q.question} {q.answer}".split()}
     assert len(vocabulary) < 250

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from t5x_audio.backbone.transformer import TransformerConfig
+from t5x_audio.errors import UserError
 from t5x_audio.objectives import language_modeling
 from t5x_audio.objectives.language_modeling import LanguageModeling, cross_entropy
 
@@ -116,3 +117,44 @@ def test_a_batch_of_padding_is_no_nan():
     loss, metrics = evaluate(LanguageModeling(), data)
     assert float(loss) == 0
     assert float(metrics["loss"][1]) == 0
+
+
+class _Recorder:
+    """Stands for a model: keeps the tokens that it is given."""
+
+    def __init__(self):
+        self.head = {...: jnp.zeros((EMBED, VOCAB))}
+
+    def hidden(self, tokens, positions, segment_ids):
+        self.tokens = np.asarray(tokens)
+        return jnp.zeros((*tokens.shape, EMBED)), None
+
+
+def test_word_dropout_replaces_audio_tokens_of_the_input_in_training():
+    data = batch()
+    tokens = np.random.default_rng(2).integers(0, VOCAB, (64, LENGTH)).astype(np.int32)
+    data = {key: np.resize(value, tokens.shape) for key, value in data.items()} | {"tokens": tokens}
+    sizes = dict(text_size=8, linguistic_size=4, semantic_size=6)
+    stream = np.searchsorted([8, 12, 18], np.arange(VOCAB), side="right")
+
+    def seen(train, seed=0, share=0.5):
+        model, objective = _Recorder(), LanguageModeling(word_dropout=share, **sizes)
+        objective(model, data, jax.random.key(seed), train)
+        return model.tokens
+
+    np.testing.assert_array_equal(seen(train=False), tokens)
+    given = seen(train=True)
+    np.testing.assert_array_equal(stream[given], stream[tokens])
+    audio = (stream[tokens] == 1) | (stream[tokens] == 2)
+    np.testing.assert_array_equal(given[~audio], tokens[~audio])
+    # Half are dropped, and some of those draw themselves: 1 in 4 or 6.
+    assert 0.3 < np.mean(given[audio] != tokens[audio]) < 0.5
+    assert np.unique(given[stream[given] == 2]).tolist() == list(range(12, 18))
+    np.testing.assert_array_equal(seen(train=True), given)
+    assert (seen(train=True, seed=1) != given).any()
+
+
+@pytest.mark.parametrize("settings", [{"word_dropout": 1.0}, {"word_dropout": 0.1}])
+def test_word_dropout_needs_a_share_and_the_streams(settings):
+    with pytest.raises(UserError, match="word_dropout"):
+        LanguageModeling(**settings)

@@ -2,10 +2,11 @@
 
 The plan is a list of clips: every training question in some of the training voices, every held-out
 question in one training voice (split 'validation') and in the test voice (split 'test'), every
-distinct answer once in the base voice. It is worked off in batches: speak, vary the voice, let the
-recogniser check, store. A batch is one file in the work directory, so an interruption costs at most
-one batch; a clip that fails is spoken again, and what fails every time is dropped. A question stays
-when its answer and at least one of its clips (held out: the one in the test voice) stay.
+distinct answer and every reading (readings.py) once in the base voice. It is worked off in batches:
+speak, vary the voice, let the recogniser check, store. A batch is one file in the work directory,
+so an interruption costs at most one batch; a clip that fails is spoken again, and what fails every
+time is dropped. A question stays when its answer and at least one of its clips (held out: the one
+in the test voice) stay.
 
 Questions with the same answer share its recording. The voice is a GPL program that is only run,
 the data of the voice is CC0 (see speak.py).
@@ -25,9 +26,10 @@ from tqdm import tqdm
 
 from t5x_audio.audio import io
 from t5x_audio.data import corpus, records
-from t5x_audio.data.engine import check, variants, world
+from t5x_audio.data.engine import check, readings, variants, world
 from t5x_audio.errors import UserError
 
+_VALIDATION_SHARE = 0.05  # of the readings
 LICENCE = "generated; voice en_US-joe-medium (data CC0, package MIT) spoken by piper"
 
 
@@ -56,11 +58,12 @@ class SpokenQuestions:
 
     Attributes:
       num_questions, num_test_questions, fact_share, seed: see `world.make_questions`.
+      num_readings: sentences that the base voice reads besides; see `readings.make_readings`.
       num_voices: training voices, the base voice included.
       voices_per_question: training voices a training question is spoken in; 1.5 = one or two.
       length_scale: duration of the voice's sounds in questions; below 1 is faster.
-      answer_length_scale: the same in answers, which a model learns to say: unhurried, so that a
-        short sound has a code or two of its own.
+      answer_length_scale: the same in answers and readings, which a model learns to say: unhurried,
+        so that a short sound has a code or two of its own.
       question_noise, answer_noise: how much takes differ (piper's noise scale and duration noise).
         Answers vary less: the codes of equal sounds should be equal.
       retakes: how often a clip that fails the check is spoken again.
@@ -72,6 +75,7 @@ class SpokenQuestions:
     num_test_questions: int = 120
     fact_share: float = 0.17
     seed: int = 0
+    num_readings: int = 0
     num_voices: int = 6
     voices_per_question: float = 3.5
     length_scale: float = 0.9
@@ -103,6 +107,7 @@ class SpokenQuestions:
             self.num_questions, self.num_test_questions, self.fact_share, self.seed
         )
         planned = plan_clips(questions, self.num_voices, self.voices_per_question)
+        planned += plan_readings(readings.make_readings(questions, self.num_readings, self.seed))
         os.makedirs(work_dir, exist_ok=True)
         files = self._make(planned, work_dir, voice, recognizer)
         summary = self._write(directory, questions, planned, files)
@@ -136,10 +141,10 @@ class SpokenQuestions:
 
     def _manner(self, batch: list[PlannedClip]) -> dict:
         """How the voice speaks a batch, which is of one role."""
-        answers = batch[0].role == "answer"
-        noise_scale, duration_noise = self.answer_noise if answers else self.question_noise
+        asks = batch[0].role == "question"
+        noise_scale, duration_noise = self.question_noise if asks else self.answer_noise
         return {
-            "length_scale": self.answer_length_scale if answers else self.length_scale,
+            "length_scale": self.length_scale if asks else self.answer_length_scale,
             "noise_scale": noise_scale,
             "duration_noise": duration_noise,
         }
@@ -231,6 +236,22 @@ def plan_clips(
     return planned
 
 
+def plan_readings(sentences: list[readings.Reading]) -> list[PlannedClip]:
+    """One clip a sentence in the base voice; a few of them are for validation."""
+    return [
+        PlannedClip(
+            question_id=reading.id,
+            role="utterance",
+            split=corpus.split_of(reading.id, _VALIDATION_SHARE, 0.0),
+            speaker=variants.BASE_VOICE,
+            category=readings.CATEGORY,
+            text=reading.text,
+            spoken=reading.spoken,
+        )
+        for reading in sentences
+    ]
+
+
 def _ask(question: world.Question, split: str, speaker: str) -> PlannedClip:
     return PlannedClip(
         question_id=question.id,
@@ -245,7 +266,7 @@ def _ask(question: world.Question, split: str, speaker: str) -> PlannedClip:
 
 def batches(planned: list[PlannedClip], size: int) -> Iterator[list[PlannedClip]]:
     """Groups of `size` distinct texts of one role with all their clips, one voice after another."""
-    for role in ("question", "answer"):
+    for role in corpus.ROLES:
         texts = {}
         for clip in planned:
             if clip.role == role:
@@ -283,16 +304,18 @@ def _tally(planned: list[PlannedClip], stored: dict[str, str]) -> dict[str, dict
 
 
 def _clips(split, rows, passed, stored) -> Iterator[corpus.Clip]:
-    """The clips of one split, read from the batch files one at a time: questions and answers."""
+    """The clips of one split, read from the batch files one at a time."""
     answered = set()
     with contextlib.ExitStack() as stack:
         paths = sorted(set(stored.values()))
         archives = {path: stack.enter_context(np.load(path)) for path in paths}
         for planned in passed:
+            key = _key(planned)
+            if planned.role == "utterance" and planned.split == split:
+                yield _reading(planned, archives[stored[key]][key])
             question = rows.get(planned.question_id)
             if planned.role != "question" or planned.split != split or question is None:
                 continue
-            key = _key(planned)
             audio = archives[stored[key]][key]
             yield _clip(planned.id, audio, planned.speaker, "question", question)
             if question.id not in answered:
@@ -300,6 +323,16 @@ def _clips(split, rows, passed, stored) -> Iterator[corpus.Clip]:
                 key = f"answer {question.answer}"
                 audio = archives[stored[key]][key]
                 yield _clip(f"{question.id}-answer", audio, variants.BASE_VOICE, "answer", question)
+
+
+def _reading(planned: PlannedClip, audio) -> corpus.Clip:
+    return corpus.Clip(
+        id=planned.question_id,
+        audio=audio,
+        text=planned.text,
+        speaker=planned.speaker,
+        category=planned.category,
+    )
 
 
 def _clip(name: str, audio, speaker: str, role: str, question: world.Question) -> corpus.Clip:

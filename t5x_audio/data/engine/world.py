@@ -63,7 +63,7 @@ class Fact:
       category: one of CATEGORIES.
       phrasings: questions as they are spoken, with the punctuation that gives the tune.
       answer: the spoken answer, with punctuation.
-      short_answer: the words that must appear in a row in a right answer.
+      short_answer: the words in which a right answer ends.
     """
 
     category: str
@@ -121,7 +121,7 @@ def _arithmetic() -> Iterable[Fact]:
             f"tell me {first} {sign} {second}.",
             f"do you know {first} {sign} {second}?",
         ]
-        yield _fact("arithmetic", asked, f"{first} {sign} {second} is {result}.", f"is {result}")
+        yield _fact("arithmetic", asked, f"{first} {sign} {second} is {result}.", result)
 
 
 def _counting() -> Iterable[Fact]:
@@ -133,7 +133,7 @@ def _counting() -> Iterable[Fact]:
             f"tell me the number {word} {n}.",
             f"what do you count {word} {n}?",
         ]
-        yield _fact("counting", asked, f"the number {word} {n} is {result}.", f"is {result}")
+        yield _fact("counting", asked, f"the number {word} {n} is {result}.", result)
     for start, length in itertools.product(range(1, 9), (3, 4, 5)):
         words = [number_words(n) for n in range(start, start + length)]
         asked = [
@@ -153,7 +153,7 @@ def _opposites() -> Iterable[Fact]:
                 f"which word is the opposite of {word}?",
                 f"do you know the opposite of {word}?",
             ]
-            yield _fact("opposites", asked, f"the opposite of {word} is {other}.", f"is {other}")
+            yield _fact("opposites", asked, f"the opposite of {word} is {other}.", other)
 
 
 def _calendar() -> Iterable[Fact]:
@@ -167,7 +167,7 @@ def _calendar() -> Iterable[Fact]:
                 f"do you know the {unit} {word} {name}?",
             ]
             answer = f"the {unit} {word} {name} is {result}."
-            yield _fact("calendar", asked, answer, f"is {result}")
+            yield _fact("calendar", asked, answer, result)
     ends = [("first month", "year", "january"), ("last month", "year", "december")]
     for what, whole, result in [*ends, ("first day", "work week", "monday")]:
         asked = [
@@ -176,13 +176,17 @@ def _calendar() -> Iterable[Fact]:
             f"do you know the {what} of the {whole}?",
         ]
         answer = f"the {what} of the {whole} is {result}."
-        yield _fact("calendar", asked, answer, f"is {result}")
+        yield _fact("calendar", asked, answer, result)
+
+
+def named_letters() -> list[str]:
+    """The names of the letters as they are spoken: from "A, like april" to "Z, like zero"."""
+    # Upper case and the comma make the voice say the name of the letter, not the article.
+    return [f"{chr(ord('A') + i)}, like {word}" for i, word in enumerate(LETTER_WORDS.split())]
 
 
 def _letters() -> Iterable[Fact]:
-    # Upper case and the comma make the voice say the name of the letter, not the article.
-    words = LETTER_WORDS.split()
-    named = [f"{chr(ord('A') + i)}, like {word}" for i, word in enumerate(words)]
+    named, words = named_letters(), LETTER_WORDS.split()
     for i, (word, step) in itertools.product(range(26), (("after", 1), ("before", -1))):
         if not 0 <= i + step < 26:
             continue
@@ -194,7 +198,8 @@ def _letters() -> Iterable[Fact]:
             f"do you know the letter {word} {name}?",
         ]
         answer = f"the letter {word} {name}, is {result}."
-        yield _fact("letters", asked, answer, f"is {result}")
+        # The word tells the letter, as in any spelling alphabet.
+        yield _fact("letters", asked, answer, words[i + step])
 
 
 def _comparisons() -> Iterable[Fact]:
@@ -207,9 +212,7 @@ def _comparisons() -> Iterable[Fact]:
                 f"which number is {word}, {first}, or {second}?",
                 f"tell me which is {word}, {first}, or {second}.",
             ]
-            other = second if best == a else first
-            answer = f"{result} is {word} than {other}."
-            yield _fact("comparisons", asked, answer, f"{result} is {word}")
+            yield _fact("comparisons", asked, f"the {word} number is {result}.", result)
 
 
 def _repeat() -> Iterable[Fact]:
