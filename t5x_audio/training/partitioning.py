@@ -18,10 +18,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from t5x_audio.backbone.mesh import BATCH_AXES, MESH_AXES
 from t5x_audio.errors import UserError
-
-MESH_AXES = ("replica", "data", "fsdp", "tensor", "sequence")
-BATCH_AXES = ("replica", "data", "fsdp")
 
 MeshAxes = str | tuple[str, ...] | None
 

@@ -1,0 +1,346 @@
+"""Causal grouped-query attention with square-root ALiBi as Pallas kernels for TPU.
+
+FlashAttention-2 (arXiv 2307.08691): scores live one block at a time in VMEM, forward and backward,
+and the bias is made from i - j inside: no array of sequence x sequence exists.
+Choices:
+- A program holds a block of queries of *all* heads of a group. What costs most beside the matrix
+  products, sqrt(i - j) with the masks of causality and segments, is one table a block for all of
+  them, and keys and values are fetched once.
+- Scores are kept transposed, [keys, queries]: maxima and sums then run over sublanes, and the
+  statistics of the queries are rows that broadcast without moving.
+- Blocks that no query may see are neither computed nor fetched.
+- The backward pass is two kernels: one gathers keys and values, the other queries.
+
+`attention.attention` is the entrance; the same numbers by XLA alone are in blockwise_attention.py.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+_LANES = 128
+_LOWEST = -1e30  # finite: a block without a visible key gives exp(-inf - this) = 0, never a NaN
+_VMEM_BYTES = 96 * 2**20
+_HEADS_BYTES = 32 * 2**20  # of it for the queries of a program and what is gathered for them
+
+
+def forward(query, key, value, segments, slopes, *, block_size=512, interpret=False):
+    """Attention of a sequence to itself.
+
+    Args:
+      query: [B, K, G, S, D], already scaled: K groups of G heads each.
+      key, value: [B, K, S, D].
+      segments: int32[B, S]; a query sees the keys of its segment that are not later.
+      slopes: float32[K, G] of the heads, each above 0; None = no bias.
+      block_size: queries and keys that meet at once, a multiple of 128; S needs not be one of it.
+        Groups of many heads take smaller ones.
+      interpret: run on any device, slowly: for tests.
+
+    Returns:
+      (output [B, K, G, S, D] in the type of `value`, log-sum-exp of the scores
+      float32[B, K, G, S]).
+    """
+    tiling, length = _Tiling.of(query, block_size), query.shape[3]
+    query, key, value = tiling.pad_heads(query), tiling.pad(key, 2), tiling.pad(value, 2)
+    shapes = (
+        jax.ShapeDtypeStruct(query.shape, value.dtype),
+        jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
+    )
+    heads, size, dim = tiling.heads, tiling.block, tiling.dim
+    q, k = tiling.outer, tiling.seen
+    output, log_sum = _call(
+        _forward_kernel,
+        tiling,
+        (query, key, value),
+        [tiling.head_spec(q), tiling.key_spec(k), tiling.key_spec(k)],
+        segments,
+        (q, k),
+        shapes,
+        [tiling.head_spec(q), tiling.row_spec(q)],
+        [(heads, size), (heads, size), (heads, dim, size)],
+        slopes,
+        interpret,
+        products=2,
+    )
+    return output[:, :, :, :length], log_sum[..., :length]
+
+
+def backward(
+    query, key, value, segments, log_sum, correction, d_output, slopes, *,
+    block_size=512, interpret=False,
+):  # fmt: skip
+    """Gradients of `forward`'s output.
+
+    Args:
+      log_sum: of `forward`, float32[B, K, G, S].
+      correction: float32[B, K, G, S], the sum over D of output * d_output.
+      d_output: [B, K, G, S, D].
+
+    The other arguments are those of `forward`.
+
+    Returns:
+      (d_query, d_key, d_value) in the shapes and types of query, key and value.
+    """
+    tiling, length = _Tiling.of(query, block_size), query.shape[3]
+    query, key, value = tiling.pad_heads(query), tiling.pad(key, 2), tiling.pad(value, 2)
+    d_output = tiling.pad_heads(d_output.astype(value.dtype))
+    log_sum, correction = tiling.pad_heads(log_sum), tiling.pad_heads(correction)
+    arrays = (query, key, value, d_output, log_sum, correction)
+
+    def call(kernel, q, k, shapes, out_specs, scratch, products):
+        heads, keys, rows = tiling.head_spec(q), tiling.key_spec(k), tiling.row_spec(q)
+        specs = [heads, keys, keys, heads, rows, rows]
+        return _call(
+            kernel, tiling, arrays, specs, segments, (q, k), shapes, out_specs, scratch, slopes,
+            interpret, products,
+        )  # fmt: skip
+
+    of_query, of_key = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
+    heads, size, dim = tiling.heads, tiling.block, tiling.dim
+    q, k = tiling.outer, tiling.seen
+    (d_query,) = call(
+        _query_kernel, q, k, (of_query,), [tiling.head_spec(q)], [(heads, size, dim)], 3
+    )
+    q, k = tiling.seeing, tiling.outer
+    d_key, d_value = call(
+        _key_kernel, q, k, (of_key, of_key), [tiling.key_spec(k)] * 2, [(size, dim)] * 2, 4
+    )
+    return d_query[:, :, :, :length], d_key[:, :, :length], d_value[:, :, :length]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiling:
+    """Sizes of a call, and its blocks: the grid is (batch, group, outer block, inner block)."""
+
+    batch: int
+    groups: int
+    heads: int
+    length: int
+    dim: int
+    block: int
+
+    @classmethod
+    def of(cls, query, block_size: int):
+        batch, groups, heads, length, dim = query.shape
+        block = min(block_size, -(-length // _LANES) * _LANES)
+        while block > _LANES and heads * block * dim * 16 > _HEADS_BYTES:
+            block = -(-block // 2 // _LANES) * _LANES
+        return cls(batch, groups, heads, -(-length // block) * block, dim, block)
+
+    def pad(self, x, axis: int, value=0):
+        """`x` with zeros behind `axis` up to the length."""
+        widths = [(0, self.length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+        return jnp.pad(x, widths, constant_values=value)
+
+    def pad_heads(self, x):
+        return self.pad(x, 3)
+
+    @property
+    def grid(self):
+        return (self.batch, self.groups, self.length // self.block, self.length // self.block)
+
+    # Which block of queries or keys to fetch at (outer, inner): none that is not needed.
+    @staticmethod
+    def outer(outer, inner):
+        return outer
+
+    @staticmethod
+    def seen(outer, inner):
+        """Inner blocks of keys for an outer block of queries."""
+        return jnp.minimum(inner, outer)
+
+    @staticmethod
+    def seeing(outer, inner):
+        """Inner blocks of queries for an outer block of keys."""
+        return jnp.maximum(inner, outer)
+
+    def head_spec(self, block):
+        """Of [B, K, G, S, D]."""
+        shape = (1, 1, self.heads, self.block, self.dim)
+        return pl.BlockSpec(shape, lambda b, k, o, i: (b, k, 0, block(o, i), 0))
+
+    def row_spec(self, block):
+        """Of [B, K, G, S]."""
+        shape = (1, 1, self.heads, self.block)
+        return pl.BlockSpec(shape, lambda b, k, o, i: (b, k, 0, block(o, i)))
+
+    def key_spec(self, block):
+        """Of [B, K, S, D]."""
+        shape = (1, 1, self.block, self.dim)
+        return pl.BlockSpec(shape, lambda b, k, o, i: (b, k, block(o, i), 0))
+
+    def segment_specs(self, query_block, key_block):
+        """Of [B, 1, S], a row for the queries, and [B, S, 1], a column for the keys."""
+        row = pl.BlockSpec((1, 1, self.block), lambda b, k, o, i: (b, 0, query_block(o, i)))
+        column = pl.BlockSpec((1, self.block, 1), lambda b, k, o, i: (b, key_block(o, i), 0))
+        return [row, column]
+
+    def cost(self, products: int, arrays) -> pl.CostEstimate:
+        """Of the half of the blocks that are computed, with their diagonal."""
+        blocks = self.length // self.block
+        pairs = self.batch * self.groups * self.heads * self.block**2 * blocks * (blocks + 1) // 2
+        return pl.CostEstimate(
+            flops=2 * products * pairs * self.dim,
+            transcendentals=pairs + pairs // self.heads,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+        )
+
+
+def _call(
+    kernel, tiling, arrays, specs, segments, blocks, shapes, out_specs, scratch, slopes, interpret,
+    products,
+):  # fmt: skip
+    """Runs a kernel; it gets slopes, segments, `arrays`, outputs, `scratch` and the table."""
+    # Padding is a segment of its own, which sees itself.
+    segments = tiling.pad(segments, 1, -1)
+    biased = slopes is not None
+    slopes = slopes if biased else jnp.zeros((tiling.groups, tiling.heads), jnp.float32)
+    table = pltpu.VMEM((tiling.block, tiling.block), jnp.float32)
+    return pl.pallas_call(
+        functools.partial(kernel, tiling=tiling, biased=biased),
+        grid=tiling.grid,
+        in_specs=[
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            *tiling.segment_specs(*blocks),
+            *specs,
+        ],
+        out_specs=out_specs,
+        out_shape=shapes,
+        scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in scratch), table],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM_BYTES,
+        ),
+        cost_estimate=tiling.cost(products, (*arrays, *shapes)),
+        interpret=interpret,
+    )(
+        slopes,
+        segments[:, None, :],
+        segments[:, :, None],
+        *arrays,
+    )
+
+
+def _dot(left, right, axes):
+    """Contracts axis axes[0] of `left` with axes[1] of `right`, summed in float32."""
+    exact = left.dtype == jnp.float32
+    return jax.lax.dot_general(
+        left,
+        right,
+        (((axes[0],), (axes[1],)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _fill(table, query_segments, key_segments, query_block, key_block, tiling, biased):
+    """table [keys, queries] = sqrt(i - j), or 0 without bias, where seen; inf elsewhere."""
+    shape = (tiling.block, tiling.block)
+    ahead = (query_block - key_block) * tiling.block
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    distance = ahead + jax.lax.broadcasted_iota(jnp.int32, shape, 1) - row
+    seen = (distance >= 0) & (query_segments[0] == key_segments[0])
+    root = jnp.sqrt(jnp.maximum(distance, 0).astype(jnp.float32)) if biased else 0.0
+    table[...] = jnp.where(seen, root, jnp.inf)
+
+
+def _scores(slopes, query, key, table, head, biased):
+    """Float32 [keys, queries] of one head; -inf where not seen."""
+    slope = slopes[head] if biased else 1.0
+    return _dot(key[0, 0], query[0, 0, head], (1, 1)) - slope * table[...]
+
+
+def _forward_kernel(
+    slopes, query_segments, key_segments, query, key, value, output, log_sum,
+    top, total, mixed, table, *, tiling, biased,
+):  # fmt: skip
+    slopes, outer, inner = slopes.at[pl.program_id(1)], pl.program_id(2), pl.program_id(3)
+
+    @pl.when(inner == 0)
+    def start():
+        top[...] = jnp.full_like(top, _LOWEST)
+        total[...] = jnp.zeros_like(total)
+        mixed[...] = jnp.zeros_like(mixed)
+
+    @pl.when(inner <= outer)
+    def meet():
+        _fill(table, query_segments, key_segments, outer, inner, tiling, biased)
+        for head in range(tiling.heads):
+            one = slice(head, head + 1)
+            scores = _scores(slopes, query, key, table, head, biased)
+            new_top = jnp.maximum(top[one], jnp.max(scores, 0, keepdims=True))
+            weights = jnp.exp(scores - new_top)
+            fade = jnp.exp(top[one] - new_top)
+            top[one] = new_top
+            total[one] = fade * total[one] + jnp.sum(weights, 0, keepdims=True)
+            gain = _dot(value[0, 0], weights.astype(value.dtype), (0, 0))
+            mixed[head] = fade * mixed[head] + gain
+
+    @pl.when(inner == outer)
+    def finish():
+        for head in range(tiling.heads):
+            normed = mixed[head] / total[head : head + 1]
+            output[0, 0, head] = normed.T.astype(output.dtype)
+        log_sum[0, 0] = top[...] + jnp.log(total[...])
+
+
+def _weights_and_gradient(slopes, arrays, table, head, biased):
+    """Softmax weights and the scores' gradient of one head, float32 [keys, queries]."""
+    query, key, value, d_output, log_sum, correction = arrays
+    scores = _scores(slopes, query, key, table, head, biased)
+    weights = jnp.exp(scores - log_sum[0, 0, head : head + 1])
+    d_weights = _dot(value[0, 0], d_output[0, 0, head], (1, 1))
+    return weights, weights * (d_weights - correction[0, 0, head : head + 1])
+
+
+def _query_kernel(
+    slopes, query_segments, key_segments, query, key, value, d_output, log_sum, correction,
+    d_query, gathered, table, *, tiling, biased,
+):  # fmt: skip
+    arrays = (query, key, value, d_output, log_sum, correction)
+    slopes, outer, inner = slopes.at[pl.program_id(1)], pl.program_id(2), pl.program_id(3)
+
+    @pl.when(inner == 0)
+    def start():
+        gathered[...] = jnp.zeros_like(gathered)
+
+    @pl.when(inner <= outer)
+    def meet():
+        _fill(table, query_segments, key_segments, outer, inner, tiling, biased)
+        for head in range(tiling.heads):
+            _, d_scores = _weights_and_gradient(slopes, arrays, table, head, biased)
+            gathered[head] += _dot(d_scores.astype(key.dtype), key[0, 0], (0, 0))
+
+    @pl.when(inner == outer)
+    def finish():
+        d_query[0, 0] = gathered[...].astype(d_query.dtype)
+
+
+def _key_kernel(
+    slopes, query_segments, key_segments, query, key, value, d_output, log_sum, correction,
+    d_key, d_value, of_key, of_value, table, *, tiling, biased,
+):  # fmt: skip
+    arrays = (query, key, value, d_output, log_sum, correction)
+    slopes, outer, inner = slopes.at[pl.program_id(1)], pl.program_id(2), pl.program_id(3)
+
+    @pl.when(inner == 0)
+    def start():
+        of_key[...] = jnp.zeros_like(of_key)
+        of_value[...] = jnp.zeros_like(of_value)
+
+    @pl.when(inner >= outer)
+    def meet():
+        _fill(table, query_segments, key_segments, inner, outer, tiling, biased)
+        for head in range(tiling.heads):
+            weights, d_scores = _weights_and_gradient(slopes, arrays, table, head, biased)
+            of_value[...] += _dot(weights.astype(value.dtype), d_output[0, 0, head], (1, 0))
+            of_key[...] += _dot(d_scores.astype(key.dtype), query[0, 0, head], (1, 0))
+
+    @pl.when(inner == tiling.grid[3] - 1)
+    def finish():
+        d_key[0, 0] = of_key[...].astype(d_key.dtype)
+        d_value[0, 0] = of_value[...].astype(d_value.dtype)
