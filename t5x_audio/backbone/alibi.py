@@ -29,16 +29,31 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
     return tuple(main + tail)
 
 
+def interpolate_slopes(slopes: tuple[float, ...], ratio: float) -> tuple[float, ...]:
+    """Slopes for a context `ratio` times as long: flat heads are flattened most.
+
+    slope_h / ratio^(W_h / 2), where W_h goes from 0 at the steepest head to 1 at the flattest, in
+    proportion to log2 of the slope (`max_pos_interp_ratio` of vLLM's step1.py).
+    """
+    logs = [math.log2(slope) for slope in slopes]
+    span = max(logs) - min(logs)
+    if not span:
+        return tuple(slopes)
+    weights = [(max(logs) - log) / span for log in logs]
+    return tuple(s * ratio ** (-w / 2) for s, w in zip(slopes, weights, strict=True))
+
+
 def sqrt_distance(
     query_positions: jax.Array,
     key_positions: jax.Array,
     query_segments: jax.Array,
     key_segments: jax.Array,
+    biased: bool = True,
 ) -> jax.Array:
     """sqrt(i - j) where query i may see key j, +inf where it may not.
 
     A key is seen when it is of the same segment and not later. The bias of head h is -slope_h times
-    this, so that one table serves the mask and every head.
+    this, so that one table serves the mask and every head. Not `biased`: 0 where it may see.
 
     Args:
       query_positions: int32[B, Q], positions counted inside each segment.
@@ -51,5 +66,5 @@ def sqrt_distance(
     """
     distance = query_positions[:, :, None] - key_positions[:, None, :]
     seen = (query_segments[:, :, None] == key_segments[:, None, :]) & (distance >= 0)
-    root = jnp.sqrt(jnp.maximum(distance, 0).astype(jnp.float32))
+    root = jnp.sqrt(jnp.maximum(distance, 0).astype(jnp.float32)) if biased else 0.0
     return jnp.where(seen, root, jnp.inf)

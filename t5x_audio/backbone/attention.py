@@ -26,7 +26,7 @@ def attention(
     value: jax.Array,
     query_place: tuple[jax.Array, jax.Array],
     key_place: tuple[jax.Array, jax.Array],
-    slopes: tuple[float, ...],
+    slopes: tuple[float, ...] | None,
     block_size: int = 128,
     same_tokens: bool = False,
 ) -> jax.Array:
@@ -37,7 +37,7 @@ def attention(
       key, value: [B, K, T, D].
       query_place: (positions, segment ids), int32[B, S] each.
       key_place: the same of the keys, int32[B, T].
-      slopes: of the K * G heads, groups outermost, each above 0.
+      slopes: of the K * G heads, groups outermost, each above 0; None = no bias.
       block_size: queries a block of the XLA path; long sequences take longer blocks.
       same_tokens: queries and keys are the same tokens, at consecutive positions inside each
         segment, so keys behind a block's last query can be left out.
@@ -106,7 +106,8 @@ def flash_backward(
 
 
 def _slopes(query, slopes):
-    return jnp.asarray(slopes, jnp.float32).reshape(query.shape[1:3])
+    """Float32[K, G]; None stays None, an empty tree."""
+    return slopes and jnp.asarray(slopes, jnp.float32).reshape(query.shape[1:3])
 
 
 def _sharded(function, operands, kinds: str, results: str, options):

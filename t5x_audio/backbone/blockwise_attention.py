@@ -42,6 +42,7 @@ def _scores(query, key, places, slopes, start, stop, keys):
         key_positions[:, :keys],
         query_segments[:, start:stop],
         key_segments[:, :keys],
+        biased=slopes is not None,
     )
     distance = jax.lax.optimization_barrier(distance)[:, None, None]
     product = jnp.einsum(
@@ -50,6 +51,8 @@ def _scores(query, key, places, slopes, start, stop, keys):
         key[:, :, :keys],
         preferred_element_type=jnp.float32,
     ).reshape(batch, groups, heads, stop - start, keys)
+    if slopes is None:
+        return product - distance
     slope = jnp.asarray(slopes, jnp.float32).reshape(1, groups, heads, 1, 1)
     return product - slope * distance
 

@@ -5,6 +5,9 @@ rotary or learned positions: the only position signal is square-root ALiBi. Size
 stepfun-ai/Step-Audio-Chat (the defaults here) and Step-Audio-TTS-3B; equations: modeling_step1.py
 there and vLLM's step1.py.
 
+With rotary positions, biases of query, key and value, norms of query and key and a tied head as
+options the same class is Llama, Qwen2 and Qwen3 (modeling_{llama,qwen2,qwen3}.py of transformers).
+
 Choices:
 - Query, key, value, gate and up are products of their own: joint ones were no faster, and their
   gradients have to be put together again in memory.
@@ -25,9 +28,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_audio.backbone.alibi import alibi_slopes
+from t5x_audio.backbone import rope
+from t5x_audio.backbone.alibi import alibi_slopes, interpolate_slopes
 from t5x_audio.backbone.attention import attention
 from t5x_audio.backbone.feed_forward import dense, swiglu
+from t5x_audio.backbone.rope import Llama3Scaling
 from t5x_audio.errors import UserError
 
 REMAT_POLICIES = {
@@ -46,7 +51,13 @@ class TransformerConfig:
       num_heads, num_kv_heads, head_dim: grouped-query attention; heads of a group are contiguous.
       vocab_size: rows of the embedding and columns of the head.
       rms_eps: added to the mean square.
+      positions: 'alibi', the square-root bias, or 'rope'.
       alibi_slopes: one per head; None takes the slope rule.
+      max_pos_interp_ratio: how many times longer than in training the context is; flattens slopes.
+      rope_theta, rope_scaling: see rope.py.
+      qkv_bias: biases in the projections to query, key and value (Qwen2).
+      qk_norm: RMS norms of every query's and key's head_dim (Qwen3).
+      tied_head: the head is the embedding; no weights of its own.
       init_std: standard deviation of every initial matrix.
       dtype: type of activations and matrix products, 'float32' or 'bfloat16'.
       remat: which activations the backward pass keeps, a name in REMAT_POLICIES.
@@ -63,7 +74,14 @@ class TransformerConfig:
     head_dim: int = 128
     vocab_size: int = 74752
     rms_eps: float = 1e-5
+    positions: str = "alibi"
     alibi_slopes: tuple[float, ...] | None = None
+    max_pos_interp_ratio: float = 1.0
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3Scaling | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied_head: bool = False
     init_std: float = 0.02
     dtype: str = "bfloat16"
     remat: str = "full"
@@ -79,16 +97,29 @@ class TransformerConfig:
         if self.remat not in REMAT_POLICIES:
             names = ", ".join(REMAT_POLICIES)
             raise UserError(f"TransformerConfig: remat={self.remat!r} is none of {names}")
+        if self.positions not in ("alibi", "rope"):
+            raise UserError(
+                f"TransformerConfig: positions={self.positions!r} is neither alibi nor rope"
+            )
         if self.alibi_slopes is not None and len(self.alibi_slopes) != self.num_heads:
             raise UserError(
                 f"TransformerConfig: {len(self.alibi_slopes)} alibi_slopes for "
                 f"{self.num_heads} heads; give one per head"
             )
+        if self.alibi_slopes is not None and min(self.alibi_slopes) <= 0:
+            raise UserError("TransformerConfig: alibi_slopes must be above 0")
+        if self.max_pos_interp_ratio < 1.0:
+            raise UserError(
+                f"TransformerConfig: max_pos_interp_ratio={self.max_pos_interp_ratio} is below 1"
+            )
 
     @property
-    def slopes(self) -> tuple[float, ...]:
-        """The ALiBi slope of each head."""
-        return tuple(self.alibi_slopes or alibi_slopes(self.num_heads))
+    def slopes(self) -> tuple[float, ...] | None:
+        """The ALiBi slope of each head; None with other positions."""
+        if self.positions != "alibi":
+            return None
+        slopes = tuple(self.alibi_slopes or alibi_slopes(self.num_heads))
+        return interpolate_slopes(slopes, self.max_pos_interp_ratio)
 
     def make(self, rngs: nnx.Rngs) -> "Transformer":
         """Builds the model with fresh weights."""
@@ -155,36 +186,53 @@ class Layer(nnx.Module):
             (*layers, "heads", "head_dim", "embed"),
             out_std,
         )
+        if config.qkv_bias:
+            for name, heads in (("query", config.num_heads), ("key", groups), ("value", groups)):
+                axes = (*layers, "heads" if name == "query" else "kv_heads", "head_dim")
+                bias = nnx.Param(jnp.zeros((heads, head_dim), jnp.float32), logical_axes=axes)
+                setattr(self, f"{name}_bias", bias)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(head_dim, config.rms_eps, (*layers, "head_dim"))
+            self.key_norm = RMSNorm(head_dim, config.rms_eps, (*layers, "head_dim"))
         self.gate = _param(rngs, (embed, mlp), (*layers, "embed", "mlp"), std)
         self.up = _param(rngs, (embed, mlp), (*layers, "embed", "mlp"), std)
         self.down = _param(rngs, (mlp, embed), (*layers, "mlp", "embed"), out_std)
 
-    def __call__(self, x, place, cache=None):
+    def __call__(self, x, place, rotation=None, cache=None):
         """One layer.
 
         Args:
           x: [B, S, embed].
           place: (positions, segment ids) int32[B, S] of the tokens.
+          rotation: of `rope.rotation` at the positions; None with ALiBi.
           cache: None, or (keys, values, first slot, (positions, segment ids) of all slots).
 
         Returns:
           ([B, S, embed], updated (keys, values) or None).
         """
-        attended, kept = self._attend(self.attention_norm(x), place, cache)
+        attended, kept = self._attend(self.attention_norm(x), place, rotation, cache)
         x = x + attended
         normed = self.mlp_norm(x)
         inner = swiglu(dense(normed, self.gate[...]), dense(normed, self.up[...]))
         return x + dense(inner, self.down[...]), kept
 
-    def _attend(self, x, place, cache):
+    def _project(self, x, name: str):
+        """[B, S, embed] -> [B, heads, S, head_dim] of query, key or value."""
+        config = self.config
+        projected = dense(x, getattr(self, name)[...].reshape(config.embed, -1))
+        projected = projected.reshape(*x.shape[:2], -1, config.head_dim)
+        if config.qkv_bias:
+            projected = projected + getattr(self, f"{name}_bias")[...].astype(x.dtype)
+        return projected.swapaxes(1, 2)
+
+    def _attend(self, x, place, rotation, cache):
         config = self.config
         batch, length, _ = x.shape
-        query, key, value = (
-            dense(x, kernel[...].reshape(config.embed, -1))
-            .reshape(batch, length, -1, config.head_dim)
-            .swapaxes(1, 2)
-            for kernel in (self.query, self.key, self.value)
-        )
+        query, key, value = (self._project(x, name) for name in ("query", "key", "value"))
+        if config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if rotation is not None:
+            query, key = rope.rotate(query, rotation), rope.rotate(key, rotation)
         query = query.reshape(batch, config.num_kv_heads, -1, length, config.head_dim)
         kept, key_place = None, place
         if cache is not None:
@@ -223,7 +271,8 @@ class Transformer(nnx.Module):
 
         self.layers = stack(rngs)
         self.final_norm = RMSNorm(embed, config.rms_eps, ("embed",))
-        self.head = _param(rngs, (embed, vocab), ("embed", "vocab"), std)
+        if not config.tied_head:
+            self.head = _param(rngs, (embed, vocab), ("embed", "vocab"), std)
 
     def __call__(self, tokens, *, positions=None, segment_ids=None, cache=None):
         """Logits of the token after each.
@@ -242,9 +291,14 @@ class Transformer(nnx.Module):
         logits = self.logits(hidden)
         return logits if cache is None else (logits, cache)
 
+    @property
+    def head_kernel(self) -> jax.Array:
+        """[embed, vocab_size], the columns of the head."""
+        return self.embedding[...].T if self.config.tied_head else self.head[...]
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., embed] of `hidden` -> float32[..., vocab_size]."""
-        kernel = self.head[...].astype(hidden.dtype)
+        kernel = self.head_kernel.astype(hidden.dtype)
         return jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
 
     def hidden(self, tokens, positions=None, segment_ids=None, cache=None):
@@ -263,11 +317,17 @@ class Transformer(nnx.Module):
                 ),
                 length=cache.length + tokens.shape[1],
             )
+        turned = None
+        if self.config.positions == "rope":
+            turns = rope.frequencies(
+                self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
+            )
+            turned = rope.rotation(positions, turns)
         run = self._scan if isinstance(self.layers, Layer) else self._loop
-        x, cache = run(x, (positions, segment_ids), start, cache)
+        x, cache = run(x, (positions, segment_ids), turned, start, cache)
         return self.final_norm(x), cache
 
-    def _scan(self, x, place, start, cache):
+    def _scan(self, x, place, turned, start, cache):
         """All layers by one compiled body over their stack."""
         graphdef, state = nnx.split(self.layers)
 
@@ -275,7 +335,7 @@ class Transformer(nnx.Module):
             state, kept = inputs
             if kept is not None:
                 kept = (*kept, start, (cache.positions, cache.segment_ids))
-            return nnx.merge(graphdef, state)(x, place, kept)
+            return nnx.merge(graphdef, state)(x, place, turned, kept)
 
         if self.config.remat != "none" and cache is None:
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat])
@@ -283,7 +343,7 @@ class Transformer(nnx.Module):
         x, kept = jax.lax.scan(body, x, (state, kept), unroll=self.config.scan_unroll)
         return x, cache if cache is None else cache.replace(keys=kept[0], values=kept[1])
 
-    def _loop(self, x, place, start, cache):
+    def _loop(self, x, place, turned, start, cache):
         """All layers one after another, each with arrays of its own."""
         keys, values = [], []
         for i, layer in enumerate(self.layers):
@@ -291,7 +351,7 @@ class Transformer(nnx.Module):
             if cache is not None:
                 slots = (cache.positions, cache.segment_ids)
                 kept = (cache.keys[i], cache.values[i], start, slots)
-            x, kept = layer(x, place, kept)
+            x, kept = layer(x, place, turned, kept)
             if kept is not None:
                 keys.append(kept[0])
                 values.append(kept[1])

@@ -65,7 +65,7 @@ class LanguageModeling:
         hidden, _ = model.hidden(tokens, batch["positions"], batch["segment_ids"])
         count = weights.sum()
         share = weights / jnp.maximum(count, 1e-8)
-        kernel = model.head[...].astype(hidden.dtype)
+        kernel = model.head_kernel.astype(hidden.dtype)
         loss, (losses, correct) = cross_entropy(hidden, kernel, targets, share, self.z_loss)
         metrics = {
             "loss": (jnp.sum(losses * weights), count),

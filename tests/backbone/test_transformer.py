@@ -1,4 +1,5 @@
-"""Step-1 against an independent float64 numpy forward written from the published equations."""
+"""Step-1, and the options that make it Llama, Qwen2 or Qwen3, against an independent float64 numpy
+forward written from the published equations."""
 
 import dataclasses
 import functools
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from t5x_audio.backbone.rope import Llama3Scaling
 from t5x_audio.backbone.transformer import TransformerConfig, unstack_layers
 from t5x_audio.errors import UserError
 
@@ -18,31 +20,41 @@ CONFIG = TransformerConfig(
     init_std=0.4, dtype="float32", remat="none", attention_block=8,
 )  # fmt: skip
 LENGTHS = (10, 7)
+# Everything that Step-1 is not: Qwen2's biases, Qwen3's norms, Llama 3.1's stretched turns.
+LONG = Llama3Scaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=16)
+VARIANTS = {
+    "step1": {},
+    "llama": {"positions": "rope", "rope_theta": 20.0, "rope_scaling": LONG},
+    "qwen2": {"positions": "rope", "qkv_bias": True, "tied_head": True},
+    "qwen3": {"positions": "rope", "rope_theta": 1e6, "qk_norm": True},
+    "longer": {"max_pos_interp_ratio": 4.0},
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
 @functools.cache
-def make():
-    weights = jax.jit(lambda: nnx.state(CONFIG.make(nnx.Rngs(0))))()
-    model = nnx.merge(other(), weights)
-    # Scales away from 1, so that a forgotten norm weight shows.
-    for i, norm in enumerate(
-        (model.final_norm, model.layers.attention_norm, model.layers.mlp_norm)
-    ):
-        shape = norm.scale[...].shape
-        norm.scale[...] = 1 + 0.3 * jax.random.normal(jax.random.key(i), shape)
-    return model
+def make(variant="step1"):
+    weights = jax.jit(
+        lambda: nnx.state(dataclasses.replace(CONFIG, **VARIANTS[variant]).make(nnx.Rngs(0)))
+    )()
+    # Scales away from 1 and biases from 0, so that a forgotten one shows.
+    for i, (path, param) in enumerate(nnx.to_flat_state(weights)):
+        if path[-1] == "scale" or path[-1].endswith("bias"):
+            noise = jax.random.normal(jax.random.key(i), param[...].shape)
+            param[...] = param[...] + 0.3 * noise
+    return nnx.merge(other(variant), weights)
 
 
 @functools.cache
-def forward(**changes):
-    """tokens, positions= and segment_ids= -> logits, of CONFIG with `changes`."""
-    graphdef, state = other(**changes), nnx.state(make())
+def forward(variant="step1", **changes):
+    """tokens, positions= and segment_ids= -> logits, of a variant with `changes`."""
+    graphdef, state = other(variant, **changes), nnx.state(make(variant))
     run = jax.jit(lambda state, tokens, places: nnx.merge(graphdef, state)(tokens, **places))
     return lambda tokens, **places: run(state, tokens, places)
 
 
-def other(**changes):
-    config = dataclasses.replace(CONFIG, **changes)
+def other(variant="step1", **changes):
+    config = dataclasses.replace(CONFIG, **VARIANTS[variant] | changes)
     return nnx.graphdef(nnx.eval_shape(lambda: config.make(nnx.Rngs(0))))
 
 
@@ -51,63 +63,99 @@ def sequences():
     return [rng.integers(0, VOCAB, n).astype(np.int32) for n in LENGTHS]
 
 
-def reference(tokens):
-    """Logits [S, V] of one sequence, in float64: one loop over heads, no blocks, no packing."""
-    w = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(make())))
-    heads, groups = CONFIG.num_heads, CONFIG.num_kv_heads
+def rms(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
+
+
+def slopes_of(config):
     # 6 heads: n = 4 main slopes 2^(-8i/4), then 2^(-4k/4) for k = 1, 3.
-    slopes = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
+    slopes = np.array([2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])
+    from_steepest = (-1 - np.log2(slopes)) / 7
+    return slopes / config.max_pos_interp_ratio ** (from_steepest / 2)
 
-    def rms(x, scale):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
 
+def turn(x, config):
+    """Rotates [S, D] as complex numbers, position after position."""
+    half = config.head_dim // 2
+    turns = config.rope_theta ** (-np.arange(half) / half)
+    if config.rope_scaling:
+        wavelength = 2 * np.pi / turns
+        slow, fast = LONG.original_length / LONG.low_freq_factor, LONG.original_length / 4.0
+        blend = (LONG.original_length / wavelength - 1.0) / (4.0 - 1.0)
+        between = (1 - blend) * turns / LONG.factor + blend * turns
+        turns = np.where(wavelength > slow, turns / LONG.factor, turns)
+        turns = np.where((wavelength <= slow) & (wavelength >= fast), between, turns)
+    angles = np.arange(len(x))[:, None] * turns
+    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def reference(tokens, variant="step1"):
+    """Logits [S, V] of one sequence, in float64: one loop over heads, no blocks, no packing."""
+    model = make(variant)
+    config = model.config
+    w = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(model)))
     h = w["embedding"][tokens]
     index = np.arange(len(tokens))
     behind = index[:, None] - index[None, :]
-    for i in range(CONFIG.num_layers):
+    for i in range(config.num_layers):
         layer = jax.tree.map(lambda a, i=i: a[i], w["layers"])
         x = rms(h, layer["attention_norm"]["scale"])
         attended = 0
-        for head in range(heads):
-            group = head // (heads // groups)
-            q = x @ layer["query"][:, head]
-            k, v = x @ layer["key"][:, group], x @ layer["value"][:, group]
-            score = q @ k.T / np.sqrt(CONFIG.head_dim) - slopes[head] * np.sqrt(np.abs(behind))
+        for head in range(config.num_heads):
+            group = head // (config.num_heads // config.num_kv_heads)
+            q, k, v = (
+                x @ layer[name][:, one] + (layer[f"{name}_bias"][one] if config.qkv_bias else 0)
+                for name, one in (("query", head), ("key", group), ("value", group))
+            )
+            if config.qk_norm:
+                q, k = rms(q, layer["query_norm"]["scale"]), rms(k, layer["key_norm"]["scale"])
+            if config.positions == "rope":
+                q, k = turn(q, config), turn(k, config)
+            score = q @ k.T / np.sqrt(config.head_dim)
+            if config.positions == "alibi":
+                score -= slopes_of(config)[head] * np.sqrt(np.abs(behind))
             weight = np.where(behind >= 0, np.exp(score), 0)
             attended += weight / weight.sum(-1, keepdims=True) @ v @ layer["out"][head]
         h = h + attended
         x = rms(h, layer["mlp_norm"]["scale"])
         gate, up = x @ layer["gate"], x @ layer["up"]
         h = h + (gate / (1 + np.exp(-gate)) * up) @ layer["down"]
-    return rms(h, w["final_norm"]["scale"]) @ w["head"]
+    head = w["embedding"].T if config.tied_head else w["head"]
+    return rms(h, w["final_norm"]["scale"]) @ head
 
 
 def close(got, want):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
-def test_padded_batch():
+@every_variant
+def test_padded_batch(variant):
     rows = sequences()
     tokens = np.stack([np.pad(r, (0, 10 - len(r)), constant_values=5) for r in rows])
     segments = np.stack([(np.arange(10) < len(r)).astype(np.int32) for r in rows])
-    logits = forward()(tokens, segment_ids=segments)
+    logits = forward(variant)(tokens, segment_ids=segments)
     for row, got in zip(rows, logits, strict=True):
-        close(got[: len(row)], reference(row))
+        close(got[: len(row)], reference(row, variant))
 
 
-def test_packed_batch():
+@every_variant
+def test_packed_batch(variant):
     first, second = sequences()
     tokens = np.concatenate([first, second, [0, 0, 0]])[None]
     segments = np.array([[1] * 10 + [2] * 7 + [0] * 3], np.int32)
     positions = np.array([[*range(10), *range(7), 0, 0, 0]], np.int32)
-    logits = forward()(tokens, positions=positions, segment_ids=segments)[0]
-    close(logits[:10], reference(first))
-    close(logits[10:17], reference(second))
+    logits = forward(variant)(tokens, positions=positions, segment_ids=segments)[0]
+    close(logits[:10], reference(first, variant))
+    close(logits[10:17], reference(second, variant))
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-def test_prefill_and_steps(stacked):
-    model = make() if stacked else unstack_layers(make())
+@pytest.mark.parametrize(
+    ("variant", "stacked"),
+    [("step1", True), ("step1", False), ("llama", False), ("qwen2", True), ("qwen3", False)],
+)
+def test_prefill_and_steps(variant, stacked):
+    model = make(variant) if stacked else unstack_layers(make(variant))
     graphdef, state = nnx.split(model)
     step = jax.jit(lambda s, tokens, cache: nnx.merge(graphdef, s)(tokens, cache=cache))
     tokens = sequences()[0]
@@ -117,7 +165,7 @@ def test_prefill_and_steps(stacked):
         logits, cache = step(state, tokens[None, i : i + 1], cache)
         pieces.append(logits[0])
     assert int(cache.length) == 10
-    close(np.concatenate(pieces), reference(tokens))
+    close(np.concatenate(pieces), reference(tokens, variant))
 
 
 def test_remat_and_unrolling_change_nothing():
@@ -151,8 +199,9 @@ def test_explicit_slopes_are_used():
     assert np.abs(steep - reference(tokens)).max() > 0.1
 
 
-def test_every_parameter_names_its_axes():
-    for path, param in nnx.to_flat_state(nnx.state(make(), nnx.Param)):
+@every_variant
+def test_every_parameter_names_its_axes(variant):
+    for path, param in nnx.to_flat_state(nnx.state(make(variant), nnx.Param)):
         assert len(param.logical_axes) == param[...].ndim, path
         assert (param.logical_axes[0] == "layers") == (path[0] == "layers"), path
 
@@ -180,6 +229,9 @@ def test_published_sizes(sizes, count):
         ({"num_kv_heads": 4}, "num_kv_heads=4"),
         ({"remat": "most"}, "remat='most'"),
         ({"alibi_slopes": (1.0,)}, "1 alibi_slopes"),
+        ({"alibi_slopes": (1.0,) * 5 + (0.0,)}, "alibi_slopes must be above 0"),
+        ({"positions": "learned"}, "positions='learned'"),
+        ({"max_pos_interp_ratio": 0.5}, "max_pos_interp_ratio=0.5"),
     ],
 )
 def test_bad_configurations(change, culprit):

@@ -123,7 +123,7 @@ class _Recorder:
     """Stands for a model: keeps the tokens that it is given."""
 
     def __init__(self):
-        self.head = {...: jnp.zeros((EMBED, VOCAB))}
+        self.head_kernel = jnp.zeros((EMBED, VOCAB))
 
     def hidden(self, tokens, positions, segment_ids):
         self.tokens = np.asarray(tokens)
