@@ -175,11 +175,7 @@ def _restore_named(item: Path, tree, skip_rng: bool = False):
     """`tree` with its leaves read from the item. UserError if they aren't there in that size."""
     names, leaves = _names(tree, skip_rng), jax.tree.leaves(tree)
     wanted = {n: _template(x) for n, x in zip(names, leaves, strict=True) if n is not None}
-    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    try:
-        stored = reader.metadata(item).item_metadata.tree
-    except Exception as error:  # Orbax and TensorStore have no common error class.
-        raise DamagedCheckpoint(f"{item}: unreadable ({_first_line(error)})") from error
+    stored = _stored_arrays(item)
     _check_sizes(item, {n: tuple(x.shape) for n, x in stored.items()}, wanted)
     arguments = ocp.args.PyTreeRestore(
         item=wanted,
@@ -187,7 +183,7 @@ def _restore_named(item: Path, tree, skip_rng: bool = False):
         partial_restore=True,
     )
     try:
-        arrays = reader.restore(item, args=arguments)
+        arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(item, args=arguments)
     except Exception as error:
         raise DamagedCheckpoint(f"{item}: damaged ({_first_line(error)})") from error
     restored = []
@@ -199,6 +195,15 @@ def _restore_named(item: Path, tree, skip_rng: bool = False):
         else:
             restored.append(arrays[name])
     return jax.tree.unflatten(jax.tree.structure(tree), restored)
+
+
+def _stored_arrays(item: Path) -> dict[str, Any]:
+    """{name: metadata with shape and dtype} of an item."""
+    try:
+        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        return reader.metadata(item).item_metadata.tree
+    except Exception as error:  # Orbax and TensorStore have no common error class.
+        raise DamagedCheckpoint(f"{item}: unreadable ({_first_line(error)})") from error
 
 
 class DamagedCheckpoint(UserError):
@@ -283,6 +288,27 @@ def restore_states(directory: str | os.PathLike, name: str, params, variables) -
     tree = {"params": params, "variables": variables}
     restored = _restore_named(_latest_item(directory, name), tree, skip_rng=True)
     return restored["params"], restored["variables"]
+
+
+def array_types(directory: str | os.PathLike, name: str = "model") -> dict[str, np.dtype]:
+    """{name: type} of the stored arrays of a model ('params/layers/query')."""
+    return {n: np.dtype(x.dtype) for n, x in _stored_arrays(_latest_item(directory, name)).items()}
+
+
+def read_array(directory: str | os.PathLike, array: str, name: str = "model") -> np.ndarray:
+    """One stored array of a model in its own type, and no other. UserError if it is not there."""
+    item = _latest_item(directory, name)
+    if array not in _stored_arrays(item):
+        raise UserError(f"{item}: has no {array}; another model's weights")
+    arguments = ocp.args.PyTreeRestore(
+        item={array: 0},
+        restore_args={array: ocp.RestoreArgs(restore_type=np.ndarray)},
+        partial_restore=True,
+    )
+    try:
+        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(item, args=arguments)[array]
+    except Exception as error:  # see _stored_arrays
+        raise DamagedCheckpoint(f"{item}: damaged ({_first_line(error)})") from error
 
 
 def load_model(directory: str | os.PathLike, name: str = "model") -> nnx.Module:

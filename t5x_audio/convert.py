@@ -1,0 +1,221 @@
+"""Backbones from and to Hugging Face checkpoints: Step-1, Llama, Qwen2, Qwen3.
+
+    python -m t5x_audio.convert --from_hf=Step-Audio-TTS-3B --model_dir=models/tts_3b
+    python -m t5x_audio.convert --model_dir=models/tts_3b --to_hf=exported
+
+Tensors keep their type and pass one stack at a time, so memory stays far below the model's size.
+What was imported and not changed is exported as the same files, byte for byte; `--dtype` and models
+that were trained here get files of their own.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from t5x_audio import launch
+from t5x_audio.errors import UserError
+
+KEPT = "hugging_face"  # under a model directory: what the next export needs
+_HEADERS_FILE = "safetensors_headers.json"
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".msgpack")
+_TORCH_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def run(
+    *,
+    model_dir: str,
+    from_hf: str | None = None,
+    to_hf: str | None = None,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Imports a checkpoint to `model_dir`, or exports the model there.
+
+    Args:
+      model_dir: a model directory of this project: made by an import, read by an export.
+      from_hf: folder of the checkpoint to import: config.json and *.safetensors.
+      to_hf: folder to export to; it must not hold a checkpoint yet.
+      dtype: 'bfloat16', 'float16' or 'float32' for an export; None keeps each tensor's own.
+
+    Returns:
+      family, parameters and tensors, and where they went.
+
+    Raises:
+      UserError: not one of from_hf and to_hf, or a checkpoint that is missing, damaged, of another
+        family or with tensors that do not fit its configuration.
+    """
+    if (from_hf is None) == (to_hf is None):
+        raise UserError("convert: give either --from_hf=FOLDER or --to_hf=FOLDER")
+    if dtype is not None and (to_hf is None or dtype not in _TORCH_DTYPES):
+        raise UserError(f"--dtype={dtype}: for --to_hf only, one of {', '.join(_TORCH_DTYPES)}")
+    if from_hf is not None:
+        return import_checkpoint(Path(from_hf), Path(model_dir))
+    return export_checkpoint(Path(model_dir), Path(to_hf), dtype)
+
+
+def import_checkpoint(folder: Path, model_dir: Path) -> dict[str, Any]:
+    """See `run`."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from t5x_audio.interop import hugging_face
+    from t5x_audio.interop.safetensors_files import Checkpoint
+    from t5x_audio.training import checkpoints
+
+    config = hugging_face.read_config(folder / "config.json")
+    source = Checkpoint(folder)
+    hugging_face.require_tensors(folder, config, source.shapes)
+    tensors = hugging_face.tensors(config)
+    summary = _summary(config, tensors) | {"model_dir": str(model_dir)}
+    if checkpoints.checkpoint_steps(model_dir):
+        checkpoints.require_same_configs(model_dir, {"model": config})
+        print(f"{model_dir}: finished already", file=sys.stderr)
+        return summary
+    staging = model_dir / ".importing"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    shapes, arrays = hugging_face.stack_shapes(config), {}
+    for tensor in tqdm(tensors, unit="tensor", desc="import"):
+        dtype = source.dtypes[tensor.name]
+        if tensor.parameter not in arrays:
+            path = staging / tensor.parameter.replace("/", ".")
+            arrays[tensor.parameter] = np.memmap(path, dtype, "w+", shape=shapes[tensor.parameter])
+        stack = arrays[tensor.parameter]
+        if stack.dtype != dtype:
+            raise UserError(f"{folder}: {tensor.name} is {dtype}, other layers are {stack.dtype}")
+        place = ... if tensor.layer is None else tensor.layer
+        stack[place] = tensor.to_ours(source.read(tensor.name))
+    _keep(folder, model_dir / KEPT, source)
+    params = _nested({name: np.asarray(array) for name, array in arrays.items()})
+    checkpoints.save_states(model_dir, {"model": config}, {"model": (params, {})})
+    shutil.rmtree(staging)
+    return summary
+
+
+def export_checkpoint(model_dir: Path, folder: Path, dtype: str | None) -> dict[str, Any]:
+    """See `run`."""
+    from tqdm import tqdm
+
+    from t5x_audio.backbone.transformer import TransformerConfig
+    from t5x_audio.interop import hugging_face
+    from t5x_audio.interop.safetensors_files import INDEX_FILE, SINGLE_FILE, Writer
+    from t5x_audio.training import checkpoints
+
+    config = checkpoints.load_config(model_dir)
+    if not isinstance(config, TransformerConfig):
+        raise UserError(f"{model_dir}: holds a {type(config).__name__}, not a backbone")
+    hugging_face.family_of(config)
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (folder / name).exists():
+            raise UserError(f"{folder}: holds {name} already; give another --to_hf")
+    tensors = hugging_face.tensors(config)
+    of_parameter = {}
+    for tensor in tensors:
+        of_parameter.setdefault(tensor.parameter, []).append(tensor)
+    stored = checkpoints.array_types(model_dir)
+    writer = Writer(folder, _headers(model_dir, config, tensors, stored, dtype))
+    with tqdm(total=len(tensors), unit="tensor", desc="export") as progress:
+        for parameter, those in of_parameter.items():
+            array = checkpoints.read_array(model_dir, f"params/{parameter}")
+            for tensor in those:
+                part = array if tensor.layer is None else array[tensor.layer]
+                for name in _names_of(tensor, writer.names):
+                    writer.write(name, tensor.from_ours(part))
+                progress.update()
+            del array
+    writer.finish()
+    _restore_kept(model_dir / KEPT, folder, config, dtype or _torch_name(stored))
+    return _summary(config, tensors) | {"hf_dir": str(folder)}
+
+
+def _summary(config, tensors) -> dict[str, Any]:
+    from t5x_audio.interop import hugging_face
+
+    return {
+        "family": hugging_face.family_of(config),
+        "parameters": hugging_face.count(config),
+        "tensors": len(tensors),
+    }
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """'a/b' -> value as {'a': {'b': value}}."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *folders, last = name.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = value
+    return tree
+
+
+def _keep(folder: Path, kept: Path, source) -> None:
+    """Puts aside all small files of a checkpoint and the headers of its large ones."""
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.endswith(_WEIGHTS):
+            shutil.copy(path, kept / path.name)
+    (kept / _HEADERS_FILE).write_text(json.dumps(source.headers()))
+
+
+def _headers(model_dir: Path, config, tensors, stored, dtype: str | None) -> dict[str, str]:
+    """Of the files to write: as they were imported, or new ones."""
+    from t5x_audio.interop.safetensors_files import DTYPES, layout
+
+    kept = model_dir / KEPT / _HEADERS_FILE
+    types = {t.name: stored[f"params/{t.parameter}"] for t in tensors}
+    if dtype is not None:
+        types = dict.fromkeys(types, DTYPES[_TORCH_DTYPES[dtype]])
+    elif kept.exists():
+        headers = json.loads(kept.read_text())
+        entries = {n: e for text in headers.values() for n, e in json.loads(text).items()}
+        if all(
+            t.name in entries
+            and tuple(entries[t.name]["shape"]) == t.shape
+            and DTYPES[entries[t.name]["dtype"]] == types[t.name]
+            for t in tensors
+        ):
+            return headers
+    return layout((t.name, t.shape, types[t.name]) for t in tensors)
+
+
+def _names_of(tensor, names: set[str]) -> list[str]:
+    """The names under which a tensor is written: a tied head may stand in the files too."""
+    if tensor.parameter == "embedding" and "lm_head.weight" in names:
+        return [tensor.name, "lm_head.weight"]
+    return [tensor.name]
+
+
+def _torch_name(stored) -> str:
+    return str(next(iter(stored.values())))
+
+
+def _restore_kept(kept: Path, folder: Path, config, dtype: str) -> None:
+    """config.json and the tokenizer's files of an import; config.json alone for a new model."""
+    from t5x_audio.interop import hugging_face
+
+    values = hugging_face.config_values(config, dtype)
+    if kept.is_dir():
+        for path in kept.iterdir():
+            if path.name != _HEADERS_FILE:
+                shutil.copy(path, folder / path.name)
+        if hugging_face.read_config(folder / "config.json") == config:
+            return
+        values = json.loads((kept / "config.json").read_text()) | values
+    temporary = folder / "config.json.writing"
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(temporary, folder / "config.json")
+
+
+def _add_flags(parser) -> None:
+    parser.add_argument("--from_hf", help="folder of the checkpoint to import")
+    parser.add_argument("--to_hf", help="folder to export to")
+    parser.add_argument("--dtype", help="of an export: bfloat16, float16 or float32")
+
+
+if __name__ == "__main__":
+    launch.main("t5x_audio.convert", description=__doc__, add_flags=_add_flags)
