@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_audio.training import hlo
+from t5x_audio.planning import hlo
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
