@@ -17,7 +17,7 @@ _BYTES = {
     "pred": 1, "s2": 1, "u2": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2,
     "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
 }  # fmt: skip
-_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z]*)?)\[([0-9,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z]*)?)\[([0-9,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([^\s=]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\) -> .* \{$")
 _COMMENT = re.compile(r"/\*.*?\*/")
@@ -25,10 +25,11 @@ _COMMENT = re.compile(r"/\*.*?\*/")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Type and dimensions of one array."""
+    """Type, dimensions and memory space of one array; space 0 is HBM, 1 VMEM, others are small."""
 
     dtype: str
     dims: tuple[int, ...]
+    space: int = 0
 
     @property
     def size(self) -> int:
@@ -66,6 +67,11 @@ class Instruction:
     def result_bytes(self) -> int:
         """Of all its arrays."""
         return sum(array.bytes for array in self.results)
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Of those of its arrays that lie in HBM."""
+        return sum(array.bytes for array in self.results if not array.space)
 
     def attribute(self, name: str) -> str | None:
         """The text of `name=...` up to the next top-level comma, or None."""
@@ -231,15 +237,18 @@ def _parse(line: str) -> Instruction | None:
     return Instruction(
         name=found[2],
         opcode=opcode.strip(),
-        results=tuple(
-            Array(dtype, tuple(int(n) for n in dims.split(",") if n))
-            for dtype, dims in _SHAPE.findall(shape)
-        ),
+        results=tuple(_array(*found) for found in _SHAPE.findall(shape)),
         operands=tuple(re.findall(r"%([^\s,()]+)", inside)),
         attributes=attributes,
         literal=inside.strip(),
         root=bool(found[1]),
     )
+
+
+def _array(dtype: str, dims: str, layout: str) -> Array:
+    space = re.search(r"S\((\d+)\)", layout)
+    numbers = tuple(int(n) for n in dims.split(",") if n)
+    return Array(dtype, numbers, int(space[1]) if space else 0)
 
 
 def _closing(text: str, start: int) -> int:

@@ -39,7 +39,7 @@ metadata={op_name="a, b{c"}, backend_config={"window_config":{"estimated_cycles"
 }
 
 ENTRY %main (x: bf16[8,16], y: f32[3,5], z: f32[5,7]) -> f32[3,7] {
-  %x = bf16[8,16]{1,0} parameter(0)
+  %x = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} parameter(0)
   %y = f32[3,5]{1,0} parameter(1)
   %z = f32[5,7]{1,0} parameter(2)
   %zero = s32[] constant(0)
@@ -66,7 +66,9 @@ def test_structure(module):
     loop = module.entry.instructions["while.1"]
     assert loop.operands == ("start",)
     assert loop.results == (hlo.Array("s32", ()), hlo.Array("bf16", (8, 16)))
-    assert loop.result_bytes == 4 + 256
+    assert loop.result_bytes == loop.hbm_bytes == 4 + 256
+    x, y = (module.entry.instructions[name] for name in "xy")
+    assert (x.result_bytes, x.hbm_bytes, y.hbm_bytes) == (256, 0, 60)
     product = module.computations["body"].instructions["product"]
     assert product.attribute("kind") == "kOutput" and product.estimated_cycles == 52
     assert product.attribute("nothing") is None
