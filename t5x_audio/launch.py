@@ -50,6 +50,7 @@ def main(
     module: str,
     description: str,
     add_flags: Callable[[argparse.ArgumentParser], None] | None = None,
+    settings_of: str | None = None,
 ) -> None:
     """Runs the job `module` with the flags of this process, then exits.
 
@@ -57,10 +58,12 @@ def main(
       module: import path of the module that holds `run`, as gin files name it.
       description: its docstring; the first paragraph is shown by --help.
       add_flags: adds the job's own flags; those that are given become arguments of `run`.
+      settings_of: another job, whose gin bindings hold for this one's arguments of the same names;
+        an argument `batch_shapes` gets that of its dataset, which is not opened.
     """
     host_memory.keep_freed_memory()
     sys.unraisablehook = _show_unraisable
-    sys.exit(launch(module, description, sys.argv[1:], add_flags))
+    sys.exit(launch(module, description, sys.argv[1:], add_flags, settings_of))
 
 
 def launch(
@@ -68,6 +71,7 @@ def launch(
     description: str,
     arguments: Sequence[str],
     add_flags: Callable[[argparse.ArgumentParser], None] | None = None,
+    settings_of: str | None = None,
 ) -> int:
     """`main` with explicit arguments; returns the exit code."""
     flags, bindings = _parse_flags(module, description, arguments, add_flags)
@@ -77,7 +81,7 @@ def launch(
     try:
         if flags.distributed:
             importlib.import_module("jax").distributed.initialize()
-        run = _configured_run(module, flags.gin_file, bindings)
+        run = _configured_run(module, flags.gin_file, bindings, settings_of)
         given = {k: v for k, v in vars(flags).items() if k not in _OWN_FLAGS and v is not None}
         _refuse_unknown(module, given)
         result = _call(run, given, flags.gin_file)
@@ -182,7 +186,9 @@ def _parse_flags(module, description, arguments, add_flags):
 # ---- gin -------------------------------------------------------------------------------------
 
 
-def _configured_run(module: str, files: Sequence[str], bindings) -> Callable[..., Any]:
+def _configured_run(
+    module: str, files: Sequence[str], bindings, settings_of: str | None
+) -> Callable[..., Any]:
     """The job's `run` with its gin bindings. UserError names the file or binding at fault."""
     import gin
 
@@ -203,12 +209,41 @@ def _configured_run(module: str, files: Sequence[str], bindings) -> Callable[...
         line = f"{name} = {_literal(value)}"
         flag = f"--gin.{name}={value}"
         _reporting(gin.parse_config, f"{imports}\n{line}", at=flag, known=text)
+    if settings_of is not None:
+        _borrow_settings(gin, module, settings_of)
     _check_complete(gin, text)
     try:
         return gin.get_configurable(f"{module}.run")
     except ValueError:  # Nothing is bound on it.
         with gin.unlock_config():
             return gin.external_configurable(job.run, name="run", module=module)
+
+
+def _borrow_settings(gin, module: str, other: str) -> None:
+    """Binds on `module`'s run what is bound on the run of `other`, see `main`."""
+    job = importlib.import_module(module)
+    try:
+        bound = gin.get_bindings(f"{other}.run", resolve_references=False)
+    except ValueError:  # nobody has named it
+        bound = {}
+    if not bound:
+        raise UserError(f"no gin file given here configures {other}; add --gin_file=...")
+    gin.external_configurable(job.run, name="run", module=module)
+    parameters = inspect.signature(job.run).parameters
+    for name in bound.keys() & parameters.keys():
+        gin.bind_parameter(f"{module}.run.{name}", bound[name])
+    if "batch_shapes" in parameters and "dataset" in bound:
+        dataset = bound["dataset"].configurable.wrapped
+        if not hasattr(dataset, "batch_shapes"):
+            raise UserError(f"{other}: shapes of {dataset.__name__} are not known without its data")
+        shapes = gin.external_configurable(
+            dataset.batch_shapes, name="batch_shapes", module=dataset.__qualname__
+        )
+        known = inspect.signature(dataset.batch_shapes).parameters
+        given = gin.get_bindings(bound["dataset"].selector, resolve_references=False)
+        for name in given.keys() & known.keys():
+            gin.bind_parameter(f"{dataset.__qualname__}.batch_shapes.{name}", given[name])
+        gin.bind_parameter(f"{module}.run.batch_shapes", shapes)
 
 
 def _existing(path: str) -> Path:

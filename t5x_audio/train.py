@@ -76,6 +76,7 @@ def run(
         partitioning,
         prefetch,
         profiling,
+        program,
         progress,
         provenance,
     )
@@ -92,12 +93,10 @@ def run(
             return progress.results(directory, saved.latest_step())
 
         # The state: as it was saved, or fresh.
-        root, iterator = jax.random.key(seed), iter(dataset)
-        abstract = jax.eval_shape(learner.init, root)
-        shardings = rules.shardings(abstract, mesh)
-        restored = saved.restore(partitioning.with_shardings(abstract, shardings))
+        compiled, iterator = program.TrainProgram(learner, mesh, rules, seed), iter(dataset)
+        restored = saved.restore(compiled.template)
         if restored is None:
-            state = learner.warm_start(jax.jit(learner.init, out_shardings=shardings)(root))
+            state = learner.warm_start(compiled.init())
         else:
             state, iterator_state = restored
             iterator.set_state(iterator_state)
@@ -107,16 +106,7 @@ def run(
             provenance.write(directory, state)
             launch.save_operative_config(directory)
 
-        def train_step(state, batch):
-            return learner.step(state, batch, jax.random.fold_in(root, state.step))
-
-        def eval_step(state, batch, index):
-            return learner.evaluate(state, batch, jax.random.fold_in(root, index))
-
-        # A dataset of several static shapes compiles once for each.
-        train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-        eval_step = jax.jit(eval_step)
-        count_flops = flops.StepFlops(train_step)
+        count_flops = flops.StepFlops(compiled.step)
 
         def place(batch):
             return partitioning.place_batch(batch, mesh)
@@ -134,7 +124,7 @@ def run(
                     raise progress.data_ended(directory, step - 1, steps) from None
                 step_flops = count_flops(state, batch, learner.branch(step - 1))
                 profile.before(step, state)
-                state, metrics = train_step(state, batch)
+                state, metrics = compiled.step(state, batch)
                 profile.after(step, metrics)
                 unlogged.append(metrics)
                 console.advance(host_batch, step_flops)
@@ -155,7 +145,7 @@ def run(
                 if due and hasattr(dataset, "eval_batches"):
                     with console.paused():
                         results = [
-                            eval_step(state, place(batch), index)
+                            compiled.evaluate(state, place(batch), index)
                             for index, batch in enumerate(dataset.eval_batches())
                         ]
                         writer.write(step, "validation", summarize(results))

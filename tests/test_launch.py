@@ -17,7 +17,18 @@ class Thing:
     size: int
     name: str = "thing"
 
-def run(*, thing, steps=1, model_dir=None, run_dir=None, word=None, fail=""):
+class Data:
+    def __init__(self, directory, width):
+        raise OSError("opened")
+
+    @staticmethod
+    def batch_shapes(width=1):
+        return {"x": [width]}
+
+class Shapeless:
+    pass
+
+def run(*, thing, steps=1, model_dir=None, run_dir=None, word=None, fail="", dataset=None):
     if fail == "user":
         raise UserError("clip.wav: silent; record it again")
     if fail == "disk":
@@ -27,6 +38,10 @@ def run(*, thing, steps=1, model_dir=None, run_dir=None, word=None, fail=""):
     if fail == "bug":
         raise TypeError("inner() missing 1 required positional argument: 'x'")
     return {"size": thing.size, "steps": steps, "dir": model_dir, "run_dir": run_dir, "word": word}
+"""
+BORROWER = """
+def run(*, thing, batch_shapes, steps=0, word="own"):
+    return {"size": thing.size, "steps": steps, "word": word, "shapes": batch_shapes()}
 """
 MODEL = """
 from __gin__ import dynamic_registration
@@ -51,6 +66,7 @@ def toyjob(tmp_path_factory):
     """One module for all tests: gin's registry outlives a test."""
     folder = tmp_path_factory.mktemp("code")
     (folder / "toyjob.py").write_text(JOB)
+    (folder / "toyborrower.py").write_text(BORROWER)
     sys.path.insert(0, str(folder))
     yield
     sys.path.remove(str(folder))
@@ -104,6 +120,33 @@ def test_parameters_by_module_name_even_if_no_file_binds_them(job, capsys):
 def test_literals(job, capsys, text, value):
     assert job("--gin.STEPS=1", f"--gin.toyjob.run.word={text}", "--json") == 0
     assert done(capsys)["word"] == value
+
+
+def borrow(job, *lines):
+    with open("task.gin", "a") as file:
+        file.write("\n".join(lines) + "\n")
+    files = ["--gin_file=model.gin", "--gin_file=task.gin"]
+    arguments = [*files, "--gin.STEPS=5", "--json"]
+    return launch.launch("toyborrower", "Borrows.", arguments, settings_of="toyjob")
+
+
+def test_a_job_may_have_the_settings_of_another_without_opening_its_data(job, capsys):
+    lines = ("toyjob.run.dataset = @toyjob.Data()", "toyjob.Data.width = 7", "WIDE = 2",
+             "toyjob.Data.directory = %RUN_DIR")  # fmt: skip
+    assert borrow(job, *lines) == 0
+    assert done(capsys) == {"size": 3, "steps": 5, "word": "own", "shapes": {"x": [7]}}
+
+
+def test_a_dataset_that_cannot_tell_its_shapes_is_named(job, capsys):
+    assert borrow(job, "toyjob.run.dataset = @toyjob.Shapeless()") == 2
+    assert "shapes of Shapeless are not known without its data" in capsys.readouterr().err
+
+
+def test_settings_that_no_file_has_are_asked_for(job, capsys):
+    arguments = ["--gin_file=model.gin"]
+    assert launch.launch("toyborrower", "Borrows.", arguments, settings_of="toyjob") == 2
+    expected = "error: no gin file given here configures toyjob; add --gin_file=...\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_own_flags_reach_run(job, capsys):

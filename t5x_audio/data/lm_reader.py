@@ -27,6 +27,8 @@ from t5x_audio.errors import UserError
 
 STATS_FILE = "stats.json"
 _EFFICIENCY_BATCHES = 16
+BatchShapes = dict[str, tuple[tuple[int, ...], np.dtype]]
+"""Field of a batch -> its shape and type."""
 # Read by the thread that asks: the training loop prefetches, a second pool would only contend.
 _READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 _log = logging.getLogger(__name__)
@@ -145,6 +147,12 @@ class PackedLmDataset:
         self._pad = next(iter(self._tasks.values())).stats["pad"]
         self._rows = self._pack(self._mixed())
 
+    @staticmethod
+    def batch_shapes(sequence_length: int = 512, batch_size: int = 8) -> BatchShapes:
+        """Of a batch with these settings of the constructor; no data is needed."""
+        return _shapes(("tokens", "targets", "segment_ids", "positions"), ("weights",),
+                       batch_size, sequence_length)  # fmt: skip
+
     def _open(self, split: str) -> dict[str, CachedTask]:
         return {
             name: CachedTask(os.path.join(self._root, name), split, self.sequence_length)
@@ -201,6 +209,11 @@ class PackedLmDataset:
         return float(np.mean([np.mean(batch["segment_ids"] > 0) for batch in batches]))
 
 
+def _shapes(integers, floats, *shape: int) -> BatchShapes:
+    kinds = [(integers, np.dtype(np.int32)), (floats, np.dtype(np.float32))]
+    return {name: (shape, dtype) for names, dtype in kinds for name in names}
+
+
 class PreferenceDataset:
     """Endless batches of (chosen, rejected) answers, one example a row, for DPO.
 
@@ -229,6 +242,14 @@ class PreferenceDataset:
         self._row = functools.partial(
             _preference_row, length=sequence_length, pad=self._task.stats["pad"]
         )
+
+    @staticmethod
+    def batch_shapes(sequence_length: int = 512, batch_size: int = 4) -> BatchShapes:
+        """Of a batch with these settings of the constructor; no data is needed."""
+        answers = ("chosen", "rejected")
+        fields = ("tokens", "targets", "segment_ids", "positions")
+        return _shapes([f"{a}_{f}" for a in answers for f in fields],
+                       [f"{a}_weights" for a in answers], batch_size, sequence_length)  # fmt: skip
 
     def __iter__(self) -> grain.DatasetIterator:
         examples = grain.MapDataset.source(self._task).seed(self.seed).shuffle().repeat()

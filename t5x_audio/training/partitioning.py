@@ -150,23 +150,31 @@ def with_shardings(abstract, shardings):
     )
 
 
-def place_batch(batch, mesh: Mesh):
-    """A host's numpy batch as global arrays, the first axis over replica, data and fsdp.
+def batch_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Of a field of the global batch: its first axis over replica, data and fsdp.
 
-    UserError if the global batch doesn't divide over those axes.
+    UserError if that doesn't divide over those axes.
     """
+    if not shape:
+        return NamedSharding(mesh, P())
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if shape[0] % parts:
+        raise UserError(
+            f"batch field {name}: {shape[0]} examples do not divide over the {parts} devices of "
+            "data parallelism; change the batch size or the mesh"
+        )
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def place_batch(batch, mesh: Mesh):
+    """A host's numpy batch as global arrays, sharded as `batch_sharding` says."""
     hosts = jax.process_count()
 
     def place(path, array):
         array = np.asarray(array)
-        if array.ndim and array.shape[0] * hosts % parts:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise UserError(
-                f"batch field {name}: {array.shape[0] * hosts} examples do not divide over the "
-                f"{parts} devices of data parallelism; change the batch size or the mesh"
-            )
-        sharding = NamedSharding(mesh, P(BATCH_AXES) if array.ndim else P())
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        whole = (array.shape[0] * hosts, *array.shape[1:]) if array.ndim else ()
+        sharding = batch_sharding(mesh, name, whole)
         if hosts == 1:
             return jax.device_put(array, sharding)
         return jax.make_array_from_process_local_data(sharding, array)

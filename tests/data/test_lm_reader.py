@@ -191,6 +191,20 @@ def test_preference_batches(run_dir):
     assert len(list(dataset.eval_batches())) == 3
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings_"),
+    [
+        (make, {"sequence_length": 64, "batch_size": 4}),
+        (lm_reader.PreferenceDataset, {"sequence_length": 32, "batch_size": 2}),
+    ],
+)
+def test_shapes_are_known_without_data(run_dir, kind, settings_):
+    dataset = kind(run_dir, **settings_)
+    (batch,) = take(iter(dataset), 1)
+    found = {name: (array.shape, array.dtype) for name, array in batch.items()}
+    assert type(dataset).batch_shapes(**settings_) == found
+
+
 def test_too_long_examples_are_announced(run_dir, caplog):
     dataset = make(run_dir, {"long": 1}, sequence_length=30)
     assert 0 < dataset.dropped["long"] < 60

@@ -1,0 +1,44 @@
+"""Devices of a pod that is not there, for XLA's TPU compiler.
+
+`libtpu` brings compiler and topologies and needs no TPU; without a device nothing can be run.
+"""
+
+import importlib.util
+import os
+import re
+
+from t5x_audio.errors import UserError
+from t5x_audio.planning import chips
+
+# Chips of a host, without which a v4 comes apart into single cores.
+_V4_HOST = (2, 2, 1)
+
+
+def devices(topology: str, slices: int = 1) -> list:
+    """Compile-only devices of e.g. 'v5p:8x8x16', in the order of the topology.
+
+    Raises:
+      UserError: no such chip or shape, or libtpu is not installed.
+    """
+    found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+){1,2})", topology)
+    if not found:
+        raise UserError(f"--topology={topology}: write CHIP:AxB or CHIP:AxBxC, e.g. v5p:8x8x16")
+    chip = chips.chip(found[1])
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "the TPU compiler is missing: pip install libtpu (see requirements/pods.txt)"
+        )
+    # libtpu asks the machine what it is, and may be loaded only once, unless told otherwise.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    options = {"num_slices": slices} if slices > 1 else {}
+    if chip.platform == "v4":
+        options |= {"chip_config_name": "megacore", "chips_per_host_bounds": _V4_HOST}
+    try:
+        made = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    except Exception as error:  # of the C API: no class of its own
+        first = str(error).strip().splitlines()[0][:160]
+        raise UserError(f"--topology={topology}: no such shape ({first})") from error
+    return list(made.devices)
