@@ -23,9 +23,9 @@ from typing import Any
 MEASURES = (
     # name in results.json, what it is called, how it is written, note
     ("text_accuracy", "right in the text channel", "percent",
-     "the words that make it right stand in what was written"),
+     "what was written ends in the words that make it right"),
     ("heard_accuracy", "right as heard", "percent",
-     "an independent recogniser hears those words"),
+     "what an independent recogniser hears ends in those words"),
     ("wer", "word error rate of what is heard", "percent",
      "answers: against what the model wrote; the others: against what is said"),
     ("audible", "with sound", "percent", "recordings that are not silent"),

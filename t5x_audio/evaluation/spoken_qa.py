@@ -4,8 +4,8 @@ The same judges listen to three kinds of speech, so that every number has its an
 the model's *answers*, the true answers *resynthesised* from their codes (what tokenizer and vocoder
 leave of them), and the *recordings* themselves (what the judges make of flawless speech).
 
-- text accuracy: the words that make the answer right stand in the text channel
-- heard accuracy: an independent recogniser hears those words
+- text accuracy: the text channel ends in the words that make the answer right
+- heard accuracy: what an independent recogniser hears ends in those words
 - word error rate: between what was written and what is heard, pooled over all words; words of one
   sound count as one word, for no recogniser can hear the difference
 - DNSMOS P.835 (arXiv 2110.01763) and the cosine of GE2E embeddings (arXiv 1710.10467) to the
