@@ -94,7 +94,8 @@ def run(
     }
     report |= _speed(times, planned.template, batch, chip, num_chips, steps)
     print("\n".join(_table(report, times)), flush=True)
-    return {key: value for key, value in report.items() if not isinstance(value, dict)}
+    sizes = {f"{name}_bytes": size for name, size in report.pop("memory").items()}
+    return report | sizes
 
 
 def _compile(lowered, topology: str):
@@ -147,7 +148,7 @@ def _table(report: dict[str, Any], times) -> list[str]:
     ]
     lines += [f"| {name} | {size / gib:.2f} |" for name, size in report["memory"].items()]
     verdict = "fits" if report["fits"] else "DOES NOT FIT"
-    lines += [f"| of {report['hbm_bytes'] / gib:.2f}: {verdict} | |", ""]
+    lines += [f"| HBM: {verdict} | {report['hbm_bytes'] / gib:.2f} |", ""]
     lines += [
         "| collective | | count | GiB | s on the links | s exposed |",
         "|---|---|---|---|---|---|",

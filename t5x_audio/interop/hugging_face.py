@@ -23,13 +23,13 @@ from t5x_audio.backbone.rope import Llama3Scaling
 from t5x_audio.backbone.transformer import TransformerConfig
 from t5x_audio.errors import UserError
 
-FAMILIES = ("step1", "llama", "qwen2", "qwen3")
 ARCHITECTURES = {
     "step1": "Step1ForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+FAMILIES = tuple(ARCHITECTURES)
 
 
 @dataclasses.dataclass(frozen=True)

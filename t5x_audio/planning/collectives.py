@@ -119,7 +119,9 @@ def payload(instruction: Instruction, operand_bytes: int) -> int:
     return instruction.result_bytes
 
 
-def seconds(kind: str, size: int, members: Sequence[Sequence[int]], torus: Torus, chip: Chip):
+def seconds(
+    kind: str, size: int, members: Sequence[Sequence[int]], torus: Torus, chip: Chip
+) -> float:
     """Modelled time of one collective; 0 where nobody has a partner.
 
     Args:

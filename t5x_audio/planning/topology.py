@@ -31,8 +31,11 @@ def devices(topology: str, slices: int = 1) -> list:
     # libtpu asks the machine what it is, and may be loaded only once, unless told otherwise.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    import jax
     from jax.experimental import topologies
 
+    # With libtpu installed JAX would look for a TPU of this machine, and fail.
+    jax.config.update("jax_platforms", "cpu")
     options = {"num_slices": slices} if slices > 1 else {}
     if chip.platform == "v4":
         options |= {"chip_config_name": "megacore", "chips_per_host_bounds": _V4_HOST}
