@@ -12,7 +12,7 @@ parameter but the input embedding's, and none for attention.
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ def run(
     steps: int | None = None,
     mesh: "MeshShape | None" = None,
     rules: "ShardingRules | None" = None,
+    xla_flags: Sequence[str] = (),
     seed: int = 0,
     slices: int = 1,
     dump_hlo: str | None = None,
@@ -40,7 +41,7 @@ def run(
 
     Args:
       topology: of one slice, as CHIP:AxBxC, e.g. 'v5p:8x8x16'.
-      learner, mesh, rules, seed, steps: of `train.run`.
+      learner, mesh, rules, xla_flags, seed, steps: of `train.run`.
       batch_shapes: () -> {field: (shape, type)} of a global batch.
       slices: slices joined by the network of the data centre; the mesh's `replica` axis.
       dump_hlo: file for the optimised HLO.
@@ -53,7 +54,9 @@ def run(
     """
     from t5x_audio.planning import chips
     from t5x_audio.planning import topology as topologies
+    from t5x_audio.training import xla_flags as flag_sets
 
+    flag_sets.apply(xla_flags, topology.partition(":")[0])
     devices = topologies.devices(topology, slices)
     chip = chips.chip(topology.partition(":")[0])
 

@@ -11,6 +11,7 @@ the background; SIGINT and SIGTERM write one first. Metrics stay on the device u
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from t5x_audio import launch
@@ -40,6 +41,7 @@ def run(
     profile_steps: int = 5,
     mesh: "MeshShape | None" = None,
     rules: "ShardingRules | None" = None,
+    xla_flags: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains until `steps`, continuing from the latest checkpoint in the directory.
 
@@ -59,6 +61,7 @@ def run(
       profile_at, profile_steps: first step and number of steps to trace into <model_dir>/profile.
       mesh: devices along each mesh axis; default all of them on `data`.
       rules: logical axes to mesh axes.
+      xla_flags: names of sets in training/xla_flags.py, for XLA's TPU compiler.
 
     Returns:
       model_dir, step, the last train and validation metrics.
@@ -80,8 +83,12 @@ def run(
         progress,
         provenance,
     )
+    from t5x_audio.training import (
+        xla_flags as flag_sets,
+    )
     from t5x_audio.training.metrics import MetricWriter, summarize
 
+    flag_sets.apply(xla_flags)
     mesh = (mesh or partitioning.MeshShape()).make()
     rules = rules or partitioning.ShardingRules()
     directory = progress.run_directory(model_dir, run_dir, name)

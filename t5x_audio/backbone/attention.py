@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_audio.backbone import blockwise_attention, flash_attention
 from t5x_audio.backbone.mesh import BATCH_AXES, HEAD_AXIS, present
+from t5x_audio.backbone.remat import named
 
 _KERNEL_HEAD_DIMS = (64, 128, 256)
 
@@ -61,7 +62,11 @@ def _forward(query, key, value, places, slopes, block_size, same_tokens):
         blockwise_attention.forward, slopes=slopes, block_size=block_size, same_tokens=same_tokens
     )
     kernel = functools.partial(flash_forward, slopes=slopes)
+    query, key, value = (
+        named(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value"))
+    )
     output, log_sum = _on_platform(kernel, path, same_tokens)(query, key, value, places)
+    output, log_sum = named(output, "mixed"), named(log_sum, "log_sum")
     return output, (query, key, value, places, output, log_sum)
 
 

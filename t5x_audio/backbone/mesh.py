@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("replica", "data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("replica", "data", "fsdp")
+FSDP_AXIS = "fsdp"
 HEAD_AXIS = "tensor"
 
 
@@ -20,18 +21,21 @@ def present(mesh: AbstractMesh, *names: str) -> tuple[str, ...]:
     return tuple(name for name in names if dict(mesh.shape).get(name, 1) > 1)
 
 
-def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+Axes = str | tuple[str, ...] | None
+
+
+def constrain(x: jax.Array, *axes: Axes) -> jax.Array:
     """`x` with its first axes laid over those of the mesh in force.
 
     An entry is a mesh axis, several or None. What the mesh has not, and what an axis of `x` does
-    not divide by, stays whole; without a mesh `x` is returned as it is.
+    not divide by, stays whole; without a mesh of several devices `x` is returned as it is.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    if not present(mesh, *MESH_AXES):
+        return x
     entries = []
     for size, names in zip(x.shape, axes, strict=False):
         found = present(mesh, *((names,) if isinstance(names, str) else names or ()))
         parts = math.prod(mesh.shape[name] for name in found)
         entries.append(found if found and size % parts == 0 else None)
-    if not any(entries):
-        return x
     return jax.lax.with_sharding_constraint(x, P(*entries))

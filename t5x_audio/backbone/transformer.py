@@ -28,19 +28,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_audio.backbone import rope
+from t5x_audio.backbone import remat, rope
 from t5x_audio.backbone.alibi import alibi_slopes, interpolate_slopes
 from t5x_audio.backbone.attention import attention
 from t5x_audio.backbone.feed_forward import dense, swiglu
-from t5x_audio.backbone.mesh import BATCH_AXES, HEAD_AXIS, constrain
+from t5x_audio.backbone.mesh import BATCH_AXES, FSDP_AXIS, HEAD_AXIS, constrain
 from t5x_audio.backbone.rope import Llama3Scaling
 from t5x_audio.errors import UserError
-
-REMAT_POLICIES = {
-    "none": None,  # keep every activation
-    "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each layer only
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +55,7 @@ class TransformerConfig:
       tied_head: the head is the embedding; no weights of its own.
       init_std: standard deviation of every initial matrix.
       dtype: type of activations and matrix products, 'float32' or 'bfloat16'.
-      remat: which activations the backward pass keeps, a name in REMAT_POLICIES.
+      remat: which activations the backward pass keeps, one of remat.POLICIES.
       scan_unroll: layers per iteration of the compiled loop; all of them is fastest for a small
         model, 1 compiles fastest for a deep one.
       attention_block: queries that meet their keys at once.
@@ -95,8 +89,8 @@ class TransformerConfig:
                 f"TransformerConfig: num_heads={self.num_heads} is no multiple of "
                 f"num_kv_heads={self.num_kv_heads}; change one of them"
             )
-        if self.remat not in REMAT_POLICIES:
-            names = ", ".join(REMAT_POLICIES)
+        if self.remat not in remat.POLICIES:
+            names = ", ".join(remat.POLICIES)
             raise UserError(f"TransformerConfig: remat={self.remat!r} is none of {names}")
         if self.positions not in ("alibi", "rope"):
             raise UserError(
@@ -211,25 +205,31 @@ class Layer(nnx.Module):
         Returns:
           ([B, S, embed], updated (keys, values) or None).
         """
-        attended, kept = self._attend(self.attention_norm(x), place, rotation, cache)
-        x = x + attended
+        # Training gathers a weight over the devices that share the batch. A decoder leaves every
+        # weight where it is stored: XLA moves the few tokens instead.
+        into, out_of = (FSDP_AXIS, HEAD_AXIS), (HEAD_AXIS, FSDP_AXIS)
+        if cache is not None:
+            into = out_of = None
+        attended, kept = self._attend(self.attention_norm(x), place, rotation, cache, into, out_of)
+        x = remat.named(x + attended, "residual")
         normed = self.mlp_norm(x)
-        inner = swiglu(dense(normed, self.gate[...]), dense(normed, self.up[...]))
-        return x + dense(inner, self.down[...]), kept
+        gate = remat.named(dense(normed, self.gate[...], into), "gate")
+        up = remat.named(dense(normed, self.up[...], into), "up")
+        return x + dense(swiglu(gate, up), self.down[...], out_of), kept
 
-    def _project(self, x, name: str):
+    def _project(self, x, name: str, layout):
         """[B, S, embed] -> [B, heads, S, head_dim] of query, key or value."""
         config = self.config
-        projected = dense(x, getattr(self, name)[...].reshape(config.embed, -1))
+        projected = dense(x, getattr(self, name)[...].reshape(config.embed, -1), layout)
         projected = projected.reshape(*x.shape[:2], -1, config.head_dim)
         if config.qkv_bias:
             projected = projected + getattr(self, f"{name}_bias")[...].astype(x.dtype)
         return projected.swapaxes(1, 2)
 
-    def _attend(self, x, place, rotation, cache):
+    def _attend(self, x, place, rotation, cache, into, out_of):
         config = self.config
         batch, length, _ = x.shape
-        query, key, value = (self._project(x, name) for name in ("query", "key", "value"))
+        query, key, value = (self._project(x, name, into) for name in ("query", "key", "value"))
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         if rotation is not None:
@@ -253,7 +253,7 @@ class Layer(nnx.Module):
         )
         mixed = mixed.reshape(batch, config.num_heads, length, -1).swapaxes(1, 2)
         out = self.out[...].reshape(-1, config.embed)
-        return dense(mixed.reshape(batch, length, -1), out), kept
+        return dense(mixed.reshape(batch, length, -1), out, out_of), kept
 
 
 class Transformer(nnx.Module):
@@ -310,6 +310,7 @@ class Transformer(nnx.Module):
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         x = self.embedding[...][tokens].astype(jnp.dtype(self.config.dtype))
+        x = constrain(x, BATCH_AXES)
         if cache is not None:
             cache = cache.replace(
                 positions=jax.lax.dynamic_update_slice(cache.positions, positions, (0, start)),
@@ -336,10 +337,11 @@ class Transformer(nnx.Module):
             state, kept = inputs
             if kept is not None:
                 kept = (*kept, start, (cache.positions, cache.segment_ids))
-            return nnx.merge(graphdef, state)(x, place, turned, kept)
+            x, kept = nnx.merge(graphdef, state)(x, place, turned, kept)
+            return constrain(x, BATCH_AXES), kept
 
-        if self.config.remat != "none" and cache is None:
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat])
+        if cache is None:
+            body = remat.remat(body, self.config.remat)
         kept = None if cache is None else (cache.keys, cache.values)
         x, kept = jax.lax.scan(body, x, (state, kept), unroll=self.config.scan_unroll)
         return x, cache if cache is None else cache.replace(keys=kept[0], values=kept[1])

@@ -16,14 +16,17 @@ the chunk is at hand.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from t5x_audio.backbone.mesh import BATCH_AXES, HEAD_AXIS, present
 from t5x_audio.errors import UserError
 
 STREAMS = ("text", "linguistic", "semantic")
-_CHUNK = 64  # positions a chunk
+_CHUNK = 512  # tokens a chunk: enough that the kernel's gradient costs more to form than to move
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,65 +128,16 @@ def cross_entropy(hidden, kernel, targets, weights, z_loss: float = 0.0):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cross_entropy(hidden, kernel, targets, weights, z_loss):
-    def body(_, chunk):
-        hidden, targets, weights = chunk
-        return _, _losses(_logits(hidden, kernel), targets, weights, z_loss)[:3]
-
-    chunks, merge = _chunked(hidden, targets, weights)
-    _, (total, losses, correct) = jax.lax.scan(body, None, chunks)
-    return total.sum(), (merge(losses), merge(correct))
-
-
-def _logits(hidden, kernel):
-    return jnp.einsum("bse,ev->bsv", hidden, kernel, preferred_element_type=jnp.float32)
-
-
-def _losses(logits, targets, weights, z_loss):
-    """-> (weighted sum, cross-entropy, correct, log-normaliser) of one chunk of logits."""
-    normaliser = jax.nn.logsumexp(logits, -1)
-    of_target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    losses = normaliser - of_target
-    correct = (of_target >= logits.max(-1)).astype(jnp.float32)
-    total = jnp.sum(weights * (losses + z_loss * normaliser**2))
-    return total, losses, correct, normaliser
-
-
-def _chunked(*arrays):
-    """Cuts [B, S, ...] into [chunks, B, S / chunks, ...]; and how to undo it."""
-    batch, length = arrays[0].shape[:2]
-    # Whole rows stay together: a batch sharded over devices is cut without communication.
-    count = next(n for n in range(max(1, length // _CHUNK), 0, -1) if length % n == 0)
-
-    def cut(x):
-        return x.reshape(batch, count, length // count, *x.shape[2:]).swapaxes(0, 1)
-
-    def merge(x):
-        return x.swapaxes(0, 1).reshape(batch, length, *x.shape[3:])
-
-    return tuple(cut(x) for x in arrays), merge
+    total, losses, correct = _over_mesh(_losses_only, hidden, kernel, targets, weights, z_loss)
+    return total, (losses, correct)
 
 
 def _forward(hidden, kernel, targets, weights, z_loss):
     """The loss and, chunk by chunk, its gradients."""
-
-    def body(d_kernel, chunk):
-        hidden, targets, weights = chunk
-        logits = _logits(hidden, kernel)
-        total, losses, correct, normaliser = _losses(logits, targets, weights, z_loss)
-        # d/dlogits of w (lse - logit[target] + z lse^2) = w ((1 + 2 z lse) softmax - onehot)
-        scale = (weights * (1.0 + 2.0 * z_loss * normaliser))[..., None]
-        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-        d_logits = scale * jnp.exp(logits - normaliser[..., None]) - weights[..., None] * hit
-        d_logits = d_logits.astype(hidden.dtype)
-        d_hidden = jnp.einsum("bsv,ev->bse", d_logits, kernel)
-        d_kernel += jnp.einsum("bse,bsv->ev", hidden, d_logits, preferred_element_type=jnp.float32)
-        return d_kernel, (total, losses, correct, d_hidden)
-
-    chunks, merge = _chunked(hidden, targets, weights)
-    start = jnp.zeros(kernel.shape, jnp.float32)
-    d_kernel, (total, losses, correct, d_hidden) = jax.lax.scan(body, start, chunks)
-    result = total.sum(), (merge(losses), merge(correct))
-    return result, (merge(d_hidden), d_kernel.astype(kernel.dtype))
+    total, losses, correct, d_hidden, d_kernel = _over_mesh(
+        _with_gradients, hidden, kernel, targets, weights, z_loss
+    )
+    return (total, (losses, correct)), (d_hidden, d_kernel)
 
 
 def _backward(z_loss, saved, cotangents):
@@ -192,3 +146,104 @@ def _backward(z_loss, saved, cotangents):
 
 
 _cross_entropy.defvjp(_forward, _backward)
+
+
+def _over_mesh(function, hidden, kernel, targets, weights, z_loss):
+    """Runs `function` on every device's share of the rows and of the vocabulary.
+
+    Left to the partitioner, the kernel would be gathered and its gradient reduced for every chunk;
+    so both happen once, around the loop over chunks.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, columns = present(mesh, *BATCH_AXES), present(mesh, HEAD_AXIS)
+    if hidden.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
+        rows = ()
+    if kernel.shape[1] % math.prod(mesh.shape[axis] for axis in columns):
+        columns = ()
+    function = functools.partial(function, z_loss=z_loss, rows=rows, columns=columns)
+    if not rows and not columns:
+        return function(hidden, kernel, targets, weights)
+    by_row, by_column = P(rows or None), P(None, columns or None)
+    outputs = (P(), by_row, by_row, by_row, by_column)
+    return jax.shard_map(
+        function,
+        in_specs=(by_row, by_column, by_row, by_row),
+        out_specs=outputs[:3] if function.func is _losses_only else outputs,
+        check_vma=False,
+    )(hidden, kernel, targets, weights)
+
+
+def _losses_only(hidden, kernel, targets, weights, *, z_loss, rows, columns):
+    """-> (weighted sum, cross-entropy [B, S], correct [B, S])."""
+    places = _place_of(targets, kernel, columns)
+
+    def body(_, chunk):
+        hidden, places, weights = chunk
+        return _, _losses(_logits(hidden, kernel), places, weights, z_loss, columns)[:3]
+
+    chunks, merge = _chunked(hidden, places, weights)
+    _, (total, losses, correct) = jax.lax.scan(body, None, chunks)
+    return jax.lax.psum(total.sum(), rows), merge(losses), merge(correct)
+
+
+def _with_gradients(hidden, kernel, targets, weights, *, z_loss, rows, columns):
+    """As `_losses_only`, and the gradients of the weighted sum by hidden and kernel."""
+    places = _place_of(targets, kernel, columns)
+
+    def body(d_kernel, chunk):
+        hidden, places, weights = chunk
+        logits = _logits(hidden, kernel)
+        total, losses, correct, normaliser = _losses(logits, places, weights, z_loss, columns)
+        # d/dlogits of w (lse - logit[target] + z lse^2) = w ((1 + 2 z lse) softmax - onehot)
+        scale = (weights * (1.0 + 2.0 * z_loss * normaliser))[..., None]
+        hit = jnp.arange(logits.shape[-1]) == places[..., None]
+        d_logits = scale * jnp.exp(logits - normaliser[..., None]) - weights[..., None] * hit
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = jax.lax.psum(jnp.einsum("bsv,ev->bse", d_logits, kernel), columns)
+        d_kernel += jnp.einsum("bse,bsv->ev", hidden, d_logits, preferred_element_type=jnp.float32)
+        return d_kernel, (total, losses, correct, d_hidden)
+
+    chunks, merge = _chunked(hidden, places, weights)
+    start = jnp.zeros(kernel.shape, jnp.float32)
+    d_kernel, (total, losses, correct, d_hidden) = jax.lax.scan(body, start, chunks)
+    d_kernel = jax.lax.psum(d_kernel.astype(kernel.dtype), rows)
+    return jax.lax.psum(total.sum(), rows), *map(merge, (losses, correct, d_hidden)), d_kernel
+
+
+def _place_of(targets, kernel, columns):
+    """Where the targets stand among this device's columns; outside of them elsewhere."""
+    return targets - jax.lax.axis_index(columns) * kernel.shape[1] if columns else targets
+
+
+def _logits(hidden, kernel):
+    return jnp.einsum("bse,ev->bsv", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def _losses(logits, places, weights, z_loss, columns):
+    """-> (weighted sum, cross-entropy, correct, log-normaliser) of one chunk of logits."""
+    likeliest = jax.lax.pmax(logits.max(-1), columns)
+    exponentials = jnp.exp(logits - likeliest[..., None]).sum(-1)
+    normaliser = likeliest + jnp.log(jax.lax.psum(exponentials, columns))
+    here = (places >= 0) & (places < logits.shape[-1])
+    found = jnp.take_along_axis(logits, jnp.where(here, places, 0)[..., None], -1)[..., 0]
+    of_target = jax.lax.psum(jnp.where(here, found, 0.0), columns)
+    losses = normaliser - of_target
+    correct = (of_target >= likeliest).astype(jnp.float32)
+    total = jnp.sum(weights * (losses + z_loss * normaliser**2))
+    return total, losses, correct, normaliser
+
+
+def _chunked(*arrays):
+    """Cuts [B, S, ...] into [chunks, B, S / chunks, ...]; and how to undo it."""
+    batch, length = arrays[0].shape[:2]
+    # Whole rows stay together: a batch sharded over devices is cut without communication.
+    most = max(1, batch * length // _CHUNK)
+    count = next(n for n in range(min(most, length), 0, -1) if length % n == 0)
+
+    def cut(x):
+        return x.reshape(batch, count, length // count, *x.shape[2:]).swapaxes(0, 1)
+
+    def merge(x):
+        return x.swapaxes(0, 1).reshape(batch, length, *x.shape[3:])
+
+    return tuple(cut(x) for x in arrays), merge

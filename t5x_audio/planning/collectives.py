@@ -77,6 +77,14 @@ class Torus:
         return total
 
 
+# mesh['a'=2,'b'=4] {'b'}, or mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
+_NAMED_GROUPS = re.compile(
+    r"replica_groups=mesh\[(?P<axes>[^\]]*)\]"
+    r"(?:, device_ids=\(\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?\))?"
+    r" \{(?P<chosen>[^}]*)\}"
+)
+
+
 def groups(instruction: Instruction) -> list[list[int]]:
     """The groups of a collective in numbers of devices; of a permutation its pairs."""
     if pairs := instruction.attribute("source_target_pairs"):
@@ -85,22 +93,22 @@ def groups(instruction: Instruction) -> list[list[int]]:
     if text.startswith("{"):
         return [[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", text)]
     if iota := re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        order = _arranged(_numbers(iota[3]))
-        if iota[4]:
-            order = order.transpose(_numbers(iota[4]))
-        return order.reshape(int(iota[1]), int(iota[2])).tolist()
-    if named := re.match(r"mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        axes = re.findall(r"'([^']+)'=(\d+)", named[1])
-        inside = [i for i, (axis, _) in enumerate(axes) if f"'{axis}'" in named[2]]
+        return _arranged(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2])).tolist()
+    if named := _NAMED_GROUPS.search(instruction.attributes):
+        axes = re.findall(r"'([^']+)'=(\d+)", named["axes"])
+        inside = [i for i, (axis, _) in enumerate(axes) if f"'{axis}'" in named["chosen"]]
         outside = [i for i in range(len(axes)) if i not in inside]
-        order = _arranged([int(n) for _, n in axes]).transpose(outside + inside)
-        size = math.prod(int(axes[i][1]) for i in inside)
-        return order.reshape(-1, size).tolist()
+        sizes = [int(n) for _, n in axes]
+        order = _arranged(named["dims"] or ",".join(map(str, sizes)), named["order"])
+        order = order.reshape(sizes).transpose(outside + inside)
+        return order.reshape(-1, math.prod(sizes[i] for i in inside)).tolist()
     raise ValueError(f"{instruction.name}: cannot read its groups: {text[:80]!r}")
 
 
-def _arranged(dims: Sequence[int]) -> np.ndarray:
-    return np.arange(math.prod(dims)).reshape(dims)
+def _arranged(dims: str, order: str | None) -> np.ndarray:
+    """Device numbers in an array of 'dims', its axes in another 'order'."""
+    numbers = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return numbers.transpose(_numbers(order)) if order else numbers
 
 
 def _numbers(text: str) -> list[int]:

@@ -26,6 +26,8 @@ _HBM_EFFICIENCY, _PRODUCT_EFFICIENCY, _KERNEL_EFFICIENCY = 0.85, 0.92, 0.5
 _FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "iota"),
     *("copy-start", "copy-done", "slice-start", "slice-done", "opt-barrier", "partition-id"),
+    # SparseCores work beside the TensorCores; their collectives are told apart before.
+    *("call-start", "call-done", "custom-call-start", "custom-call-update", "custom-call-done"),
 }
 
 
@@ -126,13 +128,25 @@ class StepTime:
         links = tuple(members[0]) if kind == "collective-permute" else "rings"
         return kind, size, seconds, links
 
-    def inside(self, fusion: Instruction) -> tuple[Instruction, Computation] | None:
-        """The collective that a fusion starts, ends or is, if it is one of those."""
-        computation = self._module.computations[fusion.called("calls")]
+    def inside(self, called: str) -> tuple[Instruction, Computation] | None:
+        """The collective in a computation that a fusion or a SparseCore runs."""
+        computation = self._module.computations[called]
         for instruction in computation.instructions.values():
             if collectives.kind_of(instruction):
                 return instruction, computation
         return None
+
+    def offloaded(
+        self, instruction: Instruction, computation: Computation
+    ) -> tuple[Instruction, Computation] | None:
+        """The collective that a SparseCore begins here, where its operands are at hand."""
+        start = instruction
+        if instruction.opcode == "custom-call-update":
+            start = computation.instructions[instruction.operands[0]]
+        elif instruction.opcode != "call-start":
+            return None
+        called = re.search(r"(?:called_computations=\{|to_apply=)%([^\s,}]+)", start.attributes)
+        return self.inside(called[1]) if called else None
 
     def compute(self, instruction: Instruction, computation: Computation) -> Step:
         """What an instruction that is no collective and calls nothing takes."""
@@ -180,8 +194,12 @@ class _Walk:
             self._communicate(instruction, self._computation, key)
         elif instruction.opcode.endswith("-done") and instruction.operands[0] in self._pending:
             self._wait(instruction.operands[0])
-        elif instruction.opcode == "fusion" and (found := self._times.inside(instruction)):
+        elif instruction.opcode == "fusion" and (
+            found := self._times.inside(instruction.called("calls"))
+        ):
             self._fused(instruction, *found)
+        elif found := self._times.offloaded(instruction, self._computation):
+            self._communicate(*found, instruction.name)
         else:
             self._compute(instruction)
 

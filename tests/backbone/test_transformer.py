@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from t5x_audio.backbone import remat
 from t5x_audio.backbone.rope import Llama3Scaling
 from t5x_audio.backbone.transformer import TransformerConfig, unstack_layers
 from t5x_audio.errors import UserError
+from t5x_audio.training.flops import count_flops
 
 VOCAB = 29
 CONFIG = TransformerConfig(
@@ -168,7 +170,8 @@ def test_prefill_and_steps(variant, stacked):
     close(np.concatenate(pieces), reference(tokens, variant))
 
 
-def test_remat_and_unrolling_change_nothing():
+@pytest.mark.parametrize("policy", [policy for policy in remat.POLICIES if policy != "none"])
+def test_remat_and_unrolling_change_nothing(policy):
     tokens, weights = sequences()[0][None, :8], nnx.state(make())
 
     def gradients(**changes):
@@ -180,9 +183,26 @@ def test_remat_and_unrolling_change_nothing():
         return jax.tree.leaves(jax.jit(jax.grad(loss))(weights))
 
     plain = gradients()
-    for changes in ({"remat": "full", "scan_unroll": 2}, {"remat": "dots"}):
-        for a, b in zip(plain, gradients(**changes), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    unroll = 2 if policy == "full" else 1
+    for a, b in zip(plain, gradients(remat=policy, scan_unroll=unroll), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_more_is_kept_the_less_is_computed_again():
+    tokens, weights = sequences()[0][None, :8], nnx.state(make())
+
+    def flops(policy):
+        graphdef = other(remat=policy)
+
+        def loss(state):
+            return jnp.sum(jnp.sin(nnx.merge(graphdef, state)(tokens)))
+
+        return count_flops(jax.grad(loss), weights)
+
+    order = ["full", "attention", "projections", "residual", "products", "all_products"]
+    counts = [flops(policy) for policy in order]
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) == len(counts)
+    assert counts[-1] == flops("offload") == flops("none")
 
 
 def test_bfloat16_is_close():

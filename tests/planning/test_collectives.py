@@ -32,6 +32,14 @@ def torus(*shape):
         ("replica_groups=mesh['a'=2,'b'=2] {'b'}", [[0, 1], [2, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+        (
+            "replica_groups=mesh['a'=3,'b'=2], device_ids=([2,3]T(1,0)) {'a'}",
+            [[0, 1, 2], [3, 4, 5]],
+        ),
+        (
+            "replica_groups=mesh['a'=3,'b'=2], device_ids=([2,3]T(1,0)) {'b'}",
+            [[0, 3], [1, 4], [2, 5]],
+        ),
     ],
 )
 def test_groups(notation, groups):

@@ -167,6 +167,30 @@ def test_a_collective_carried_by_fusions():
     assert found.exposed == 0
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (
+            "%start = ((f32[1024]{0}), f32[4096]{0}) call-start(%z), to_apply=%gather_in",
+            "%done = f32[4096]{0} call-done(%start)",
+        ),
+        (
+            "%start.0 = ((), (), (s32[8]{0})) custom-call-start(), "
+            "called_computations={%gather_in}",
+            "%start = ((f32[1024]{0}), f32[4096]{0}) custom-call-update(%start.0, %z)",
+            "%done = f32[4096]{0} custom-call-done(%start)",
+        ),
+    ],
+)
+def test_a_sparse_core_gathers_beside_the_products(lines):
+    *begins, done = lines
+    hidden = step(program(*begins, PRODUCT.format(1), done))
+    use = hidden.uses["all-gather", "async"]
+    assert use.count == 1 and use.seconds == pytest.approx(gather_seconds(16384))
+    assert hidden.exposed == 0 and hidden.rest == 0
+    assert step(program(*begins, done)).exposed == pytest.approx(gather_seconds(16384))
+
+
 def test_traffic_counts_slices_and_updates():
     module = program(
         "%acc = f32[8,1024]{1,0} broadcast(%zero)",

@@ -1,0 +1,91 @@
+"""The backbone under its objective gives the same loss and gradients on every mesh."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from t5x_audio.backbone.transformer import TransformerConfig
+from t5x_audio.objectives.language_modeling import LanguageModeling
+from t5x_audio.training import partitioning
+from t5x_audio.training.partitioning import MeshShape, ShardingRules
+
+CONFIG = TransformerConfig(
+    num_layers=2, embed=16, mlp=32, num_heads=8, num_kv_heads=4, head_dim=4, vocab_size=64,
+    init_std=0.3, dtype="float32", remat="products", attention_block=8,
+)  # fmt: skip
+# Weights over all devices on two axes, as gin/hardware/v5p.gin has them.
+WIDE = ShardingRules(
+    vocab=("data", "tensor"), mlp=("data", "tensor"), heads=("data", "tensor"),
+    kv_heads=("data", "tensor"),
+)  # fmt: skip
+MESHES = {
+    "data": (MeshShape(data=8), ShardingRules()),
+    "fsdp": (MeshShape(data=1, fsdp=8), ShardingRules()),
+    "tensor": (MeshShape(data=1, fsdp=2, tensor=4), ShardingRules()),
+    "three": (MeshShape(data=2, fsdp=2, tensor=2), WIDE),
+    "two_axes": (MeshShape(data=2, fsdp=4), WIDE),
+    "slices": (MeshShape(replica=2, data=1, fsdp=4), ShardingRules()),
+    "uneven_vocabulary": (MeshShape(data=2, fsdp=1, tensor=4), ShardingRules(vocab=None)),
+}
+
+
+def batch():
+    """Packed rows with padding: two segments each."""
+    rng = np.random.default_rng(0)
+    shape = (8, 24)
+    lengths = rng.integers(6, 10, (8, 1))
+    place = np.arange(24)[None]
+    segments = np.where(place < lengths, 1, np.where(place < 21, 2, 0))
+    return {
+        "tokens": rng.integers(0, 64, shape),
+        "targets": rng.integers(0, 64, shape),
+        "weights": (segments > 0) * rng.uniform(0.5, 1.0, shape),
+        "segment_ids": segments,
+        "positions": np.where(segments == 2, place - lengths, place),
+    }
+
+
+def loss_and_gradients(shape, rules, devices=None):
+    mesh = shape.make(devices)
+    graphdef, params = nnx.split(CONFIG.make(nnx.Rngs(0)))
+    objective = LanguageModeling(z_loss=1e-2)
+
+    def loss(params, batch):
+        return objective(nnx.merge(graphdef, params), batch, jax.random.key(0), train=True)
+
+    shardings = rules.shardings(params, mesh)
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=(None, shardings))
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(jax.device_put, params, shardings)
+        placed = partitioning.place_batch(
+            jax.tree.map(lambda x: x.astype(np.float32 if x.dtype == float else np.int32), batch()),
+            mesh,
+        )
+        (value, metrics), gradients = run(params, placed)
+    return jax.device_get((value, metrics, gradients))
+
+
+def run_on_8_devices():
+    want = loss_and_gradients(MeshShape(data=1), ShardingRules(), jax.devices()[:1])
+    assert jnp.isfinite(want[0]) and want[0] > 1
+    largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(want[2]))
+    for name, (shape, rules) in MESHES.items():
+        got = loss_and_gradients(shape, rules)
+        for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * largest, err_msg=name)
+
+
+def test_every_mesh_agrees_with_one_device():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import jax; jax.config.update('jax_num_cpu_devices', 8)\n"
+        "import test_backbone_meshes; test_backbone_meshes.run_on_8_devices()"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
