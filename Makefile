@@ -2,6 +2,8 @@
 # make tiny   the same, larger (up to 2 hours); resumable, like demo
 # make test   the tests
 # make parity comparisons with independent implementations, in an environment of their own
+# make pods   XLA's TPU compiler beside the environment, for t5x_audio.plan
+# make pod-plans  the plans of docs/results/pods.md (several minutes each)
 # make bench  our training step beside the same model in PyTorch
 # make lint   formatting, lint rules, room order
 #
@@ -17,11 +19,12 @@ CONSTRAINTS := constraints/$(TAG).txt
 PIP := -m pip install --quiet --disable-pip-version-check --no-input
 export T5X_AUDIO_PIPER ?= $(abspath $(VOICE_VENV))/bin/python
 
-.PHONY: env voice demo tiny test lint parity bench clean
+.PHONY: env voice pods demo tiny test lint parity pod-plans bench clean
 .DELETE_ON_ERROR:
 
 env: $(VENV)/.installed
 voice: $(VOICE_VENV)/.installed
+pods: $(VENV)/pods/.installed
 
 $(CONSTRAINTS):
 	@echo "error: $(PYTHON) is missing or is no Python 3.11 or 3.12: install one and name it, e.g. 'PYTHON=python3.12 make'" >&2; exit 2
@@ -50,6 +53,10 @@ $(VOICE_VENV)/.installed: requirements/voice.txt | $(CONSTRAINTS)
 	@$(VOICE_VENV)/bin/python $(PIP) -r requirements/voice.txt $(call or_say,requirements/voice.txt)
 	@touch $@
 
+$(VENV)/pods/.installed: requirements/pods.txt | $(VENV)/.installed
+	@$(BIN)/python $(PIP) --no-deps --upgrade --target $(VENV)/pods -r requirements/pods.txt $(call or_say,requirements/pods.txt)
+	@touch $@
+
 $(PARITY_VENV)/.installed: requirements.txt requirements/test.txt requirements/models.txt requirements/parity.txt requirements/parity_models.txt $(CONSTRAINTS)
 	$(call make_venv,$(PARITY_VENV))
 	@$(PARITY_VENV)/bin/python $(PIP) -c $(CONSTRAINTS) -r requirements.txt -r requirements/test.txt -r requirements/parity.txt $(call or_say,requirements/parity.txt)
@@ -59,7 +66,7 @@ $(PARITY_VENV)/.installed: requirements.txt requirements/test.txt requirements/m
 demo tiny: env voice
 	@$(BIN)/python -m t5x_audio.life --size=$@
 
-test: env voice
+test: env voice pods
 	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: env
@@ -69,6 +76,9 @@ lint: env
 
 parity: $(PARITY_VENV)/.installed
 	@$(PARITY_VENV)/bin/python -m pytest tests/parity
+
+pod-plans: env pods
+	@$(BIN)/python benchmarks/pod_plans.py
 
 bench: $(PARITY_VENV)/.installed
 	@$(PARITY_VENV)/bin/python benchmarks/lm_step.py

@@ -4,7 +4,7 @@ r"""Plans a training run on a TPU pod without a pod: memory, time and cost of it
         --gin_file=gin/runs/pretrain_stage1.gin --gin_file=gin/hardware/v5p.gin
 
 Takes the gin files of `train` and compiles the very step that it runs, with XLA's TPU compiler
-(requirements/pods.txt) and no device. Memory and operations are the compiler's; times are modelled
+(`make pods`) and no device. Memory and operations are the compiler's; times are modelled
 (see t5x_audio/planning/step_time.py) and never measured. MFU counts 6 operations for each token and
 parameter but the input embedding's, and none for attention.
 """

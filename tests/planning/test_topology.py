@@ -26,5 +26,5 @@ def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name)
     )
-    with pytest.raises(UserError, match="the TPU compiler is missing: pip install libtpu"):
+    with pytest.raises(UserError, match="the TPU compiler is missing: `make pods`"):
         topology.devices("v5e:2x2")

@@ -1,0 +1,85 @@
+"""The plans of docs/results/pods.md: each compiled for its pod, none of them run.
+
+    python benchmarks/pod_plans.py [--only=v5p_130b] [--output=docs/results/pods.md]
+
+A plan that is in --run_dir already is not compiled again.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import pathlib
+import shlex
+import subprocess
+import sys
+
+_130B = ["--gin_file=gin/models/step1_130b.gin", "--gin_file=gin/runs/pretrain_stage1.gin"]
+_V5P = [*_130B, "--topology=v5p:8x8x16", "--gin_file=gin/hardware/v5p.gin", "--gin.RUN_DIR=run"]
+# name -> (what it shows, flags of t5x_audio.plan)
+PLANS = {
+    "v5p_130b": ("Step-1 at 130B, 1,024 v5p, 4,096 tokens a chip", _V5P),
+    "v5p_130b_all_products": (
+        "the same, no matrix product computed again",
+        [*_V5P, "--gin.BACKBONE_REMAT=all_products"],
+    ),
+    "v5p_130b_full": (
+        "the same, only the inputs of layers kept",
+        [*_V5P, "--gin.BACKBONE_REMAT=full"],
+    ),
+    "v5p_130b_no_flags": (
+        "the same as the first, without flags of the compiler",
+        [*_V5P, "--gin.train.run.xla_flags=()"],
+    ),
+}
+_HEAD = """# Plans for pods
+
+Nothing here was run on a TPU. XLA's TPU compiler compiled the training step of `t5x_audio.train`
+for a pod that is not there; memory, operations and collectives are its own, times are modelled from
+them (t5x_audio/planning/step_time.py says how; against two published runs such a model was off by
+-5 to +8 %, and none of them had FSDP over a whole slice). Pallas kernels are taken at half of the
+peak, which is a guess; what communication costs the computation beside it is not known. Sums over
+devices are in bfloat16. MFU counts 6 operations for each token and parameter but the input
+embedding's, none for attention.
+
+Made by `make pod-plans`.
+"""
+
+
+def plan(name: str, run_dir: pathlib.Path) -> str:
+    """The Markdown section of one plan."""
+    title, flags = PLANS[name]
+    command = ["-m", "t5x_audio.plan", *flags]
+    kept = run_dir / f"{name}.md"
+    if not kept.exists():
+        print(f"{name}: {title}", file=sys.stderr, flush=True)
+        done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(done.returncode)
+        *table, _ = done.stdout.splitlines()
+        libtpu = importlib.metadata.version("libtpu")
+        jax = importlib.metadata.version("jax")
+        lines = [
+            f"## {title[0].upper()}{title[1:]}", "", f"`python {shlex.join(command)}`", "",
+            f"{datetime.date.today()}, jax {jax}, libtpu {libtpu}.", "", *table, "",
+        ]  # fmt: skip
+        kept.write_text("\n".join(lines))
+    return kept.read_text()
+
+
+def main() -> None:
+    """Makes the plans that are asked for and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", action="append", choices=PLANS, help="repeatable; default all")
+    parser.add_argument("--run_dir", default="runs/pods", help="finished plans")
+    parser.add_argument("--output", default="docs/results/pods.md")
+    flags = parser.parse_args()
+    sys.path.append(f"{sys.prefix}/pods")  # for the version of libtpu
+    run_dir = pathlib.Path(flags.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    sections = [plan(name, run_dir) for name in flags.only or PLANS]
+    pathlib.Path(flags.output).write_text("\n".join([_HEAD, *sections]))
+    print(f"done: {flags.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""`plan` compiles the step of `train` for a pod that is not there, and says what it needs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+MODEL = ["--gin_file=gin/models/toy.gin", "--gin_file=gin/runs/pretrain_stage1.gin"]
+BACKBONE = ["--gin.BACKBONE_HEAD_DIM=128", "--gin.BACKBONE_DTYPE=bfloat16"]
+
+
+def plan(*flags):
+    command = [sys.executable, "-m", "t5x_audio.plan", *MODEL, "--gin.RUN_DIR=nowhere", *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_small_pod(tmp_path):
+    dump = tmp_path / "step.hlo"
+    mesh = ["--gin_file=gin/hardware/v5p.gin", "--gin.DATA=2", "--gin.SEQUENCES_BATCH=8"]
+    done = plan("--topology=v5p:2x2x2", *mesh, *BACKBONE, f"--dump_hlo={dump}", "--json")
+    assert done.returncode == 0, done.stderr
+    *table, closing = done.stdout.splitlines()
+    report = json.loads(closing)
+    assert report["chips"] == 8 and report["mesh"] == "data=2 x fsdp=4" and report["fits"]
+    assert 0 < report["mfu_hybrid"] < 1 and 0 < report["mfu_roofline"] < 1
+    # What XLA holds is what the shardings say, and something beside.
+    state = report["parameters_bytes"] + report["optimizer_bytes"]
+    assert state == pytest.approx(12 * report["parameters"] / 8, rel=0.3)  # small ones are whole
+    assert report["total_bytes"] > state
+    assert report["days"] * 86400 == pytest.approx(report["chip_hours"] / 8 * 3600, rel=1e-6)
+    text = dump.read_text()
+    assert "ENTRY" in text
+    assert "tpu_custom_call" in text  # attention is the Pallas kernel, not the path of a CPU
+    assert any("all-gather" in line for line in table)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--topology=v5p:3x9x100"], "--topology=v5p:3x9x100: no such shape"),
+        (
+            ["--topology=v5e:2x2", "--gin_file=gin/hardware/v5p.gin"],
+            "sparse_core_collectives is for v5p, v6e, tpu7x, not v5e",
+        ),
+        (
+            ["--topology=v5p:2x2x1", "--gin_file=gin/hardware/v5p.gin", "--gin.DATA=3"],
+            "does not divide 4 devices",
+        ),
+    ],
+)
+def test_faults_are_one_line(flags, line):
+    done = plan(*flags)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and line in done.stderr
