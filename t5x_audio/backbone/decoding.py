@@ -17,6 +17,7 @@ from the next place.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import flax.struct
@@ -43,6 +44,7 @@ class Sampling:
       temperature: of the softmax; 0 takes the likeliest token.
       top_k: only the k likeliest; 0 for all.
       top_p: only the likeliest whose probabilities sum to p.
+      min_p: only those with this share of the likeliest's chance; 0 for all (arXiv 2407.01082).
       repetition_window: how many of the latest tokens the repetition rule looks at; 0 for none.
       repetition_share: share of the window above which the newest token is barred.
     """
@@ -50,6 +52,7 @@ class Sampling:
     temperature: float = 0.7
     top_k: int = 0
     top_p: float = 0.9
+    min_p: float = 0.0
     repetition_window: int = 0
     repetition_share: float = 0.1
 
@@ -230,13 +233,21 @@ def _next_token(state: _State, tables, sampling: Sampling, rng) -> jax.Array:
         logits = jnp.where(without.max(-1, keepdims=True) > -jnp.inf, without, logits)
     if sampling.temperature == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    logits = _admitted(logits / sampling.temperature, sampling)
+    return jax.random.categorical(rng, logits).astype(jnp.int32)
+
+
+def _admitted(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Minus infinity where top k, min p or top p rule a token out; top p sums what is left."""
     if sampling.top_k:
         kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits >= kth, logits, -jnp.inf)
+    if sampling.min_p:
+        least = logits.max(-1, keepdims=True) + math.log(sampling.min_p)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
     if sampling.top_p < 1:
         logits = _nucleus(logits, sampling.top_p)
-    return jax.random.categorical(rng, logits).astype(jnp.int32)
+    return logits
 
 
 def _nucleus(logits: jax.Array, top_p: float) -> jax.Array:

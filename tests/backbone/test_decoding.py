@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -114,6 +115,17 @@ def test_top_k_of_one_is_greedy(decoder):
     one = decoder.generate(PROMPTS, sampling=Sampling(top_k=1), max_new_tokens=8, block=8)
     greedy = decoder.generate(PROMPTS, sampling=GREEDY, max_new_tokens=8, block=8)
     assert [a.tolist() for a in one] == [a.tolist() for a in greedy]
+
+
+def test_min_p_keeps_what_is_nearly_as_likely():
+    logits = jnp.asarray(np.random.default_rng(4).normal(size=(5, 40)) * 3)
+    probabilities = np.asarray(jax.nn.softmax(logits, -1))
+    for min_p in (0.01, 0.2, 1.0):
+        kept = decoding._admitted(logits, Sampling(top_p=1.0, min_p=min_p)) > -jnp.inf
+        want = probabilities >= min_p * probabilities.max(-1, keepdims=True) * (1 - 1e-6)
+        np.testing.assert_array_equal(kept, want)
+    everything = decoding._admitted(logits, Sampling(top_p=1.0))
+    np.testing.assert_array_equal(everything, logits)
 
 
 def test_nucleus_keeps_the_fewest():
