@@ -1,4 +1,4 @@
-"""Imported checkpoints answer as their peers do: vectors of tests/parity/make_backbone_golden.py."""
+"""Imported checkpoints answer as their peers: vectors of tests/parity/make_backbone_golden.py."""
 
 import dataclasses
 import pathlib
