@@ -2,7 +2,7 @@
 
     python benchmarks/pod_plans.py [--only=v5p_130b] [--output=docs/results/pods.md]
 
-A plan that is in --run_dir already is not compiled again.
+A plan that is in --run_dir already is not compiled again; the page has all that are there.
 """
 
 import argparse
@@ -35,35 +35,35 @@ _HEAD = """# Plans for pods
 
 Nothing here was run on a TPU. XLA's TPU compiler compiled the training step of `t5x_audio.train`
 for a pod that is not there; memory, operations and collectives are its own, times are modelled from
-them (t5x_audio/planning/step_time.py says how; against two published runs such a model was off by
--5 to +8 %, and none of them had FSDP over a whole slice). Pallas kernels are taken at half of the
-peak, which is a guess; what communication costs the computation beside it is not known. Sums over
-devices are in bfloat16. MFU counts 6 operations for each token and parameter but the input
-embedding's, none for attention.
+them (t5x_audio/planning/step_time.py says how, and how far such a model was from two published
+runs, none of which had FSDP over a whole slice). Pallas kernels are taken at half of the peak,
+which is a guess; what communication costs the computation beside it is not known. Sums over devices
+are in bfloat16. MFU counts 6 operations for each token and parameter but the input embedding's,
+none for attention.
 
 Made by `make pod-plans`.
 """
 
 
-def plan(name: str, run_dir: pathlib.Path) -> str:
-    """The Markdown section of one plan."""
+def plan(name: str, run_dir: pathlib.Path) -> None:
+    """Writes the Markdown section of one plan, unless it is there."""
     title, flags = PLANS[name]
     command = ["-m", "t5x_audio.plan", *flags]
     kept = run_dir / f"{name}.md"
-    if not kept.exists():
-        print(f"{name}: {title}", file=sys.stderr, flush=True)
-        done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            sys.exit(done.returncode)
-        *table, _ = done.stdout.splitlines()
-        libtpu = importlib.metadata.version("libtpu")
-        jax = importlib.metadata.version("jax")
-        lines = [
-            f"## {title[0].upper()}{title[1:]}", "", f"`python {shlex.join(command)}`", "",
-            f"{datetime.date.today()}, jax {jax}, libtpu {libtpu}.", "", *table, "",
-        ]  # fmt: skip
-        kept.write_text("\n".join(lines))
-    return kept.read_text()
+    if kept.exists():
+        return
+    print(f"{name}: {title}", file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    *table, _ = done.stdout.splitlines()
+    libtpu = importlib.metadata.version("libtpu")
+    jax = importlib.metadata.version("jax")
+    lines = [
+        f"## {title[0].upper()}{title[1:]}", "", f"`python {shlex.join(command)}`", "",
+        f"{datetime.date.today()}, jax {jax}, libtpu {libtpu}.", "", *table, "",
+    ]  # fmt: skip
+    kept.write_text("\n".join(lines))
 
 
 def main() -> None:
@@ -76,7 +76,10 @@ def main() -> None:
     sys.path.append(f"{sys.prefix}/pods")  # for the version of libtpu
     run_dir = pathlib.Path(flags.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    sections = [plan(name, run_dir) for name in flags.only or PLANS]
+    for name in flags.only or PLANS:
+        plan(name, run_dir)
+    finished = [run_dir / f"{name}.md" for name in PLANS]
+    sections = [path.read_text() for path in finished if path.exists()]
     pathlib.Path(flags.output).write_text("\n".join([_HEAD, *sections]))
     print(f"done: {flags.output}")
 

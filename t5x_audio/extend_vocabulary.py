@@ -40,6 +40,7 @@ def run(
       UserError: no backbone there, nothing to add, or a finished model of other sizes.
     """
     import numpy as np
+    from tqdm import tqdm
 
     from t5x_audio.backbone.transformer import TransformerConfig
     from t5x_audio.interop import hugging_face
@@ -62,7 +63,7 @@ def run(
     types = {name: stored[f"params/{name}"] for name in shapes}
     rng = np.random.default_rng(seed)
     with staging.staged_model(output, config, shapes, types) as arrays:
-        for parameter, array in arrays.items():
+        for parameter, array in tqdm(arrays.items(), unit="array", desc="extend"):
             values = checkpoints.read_array(source, f"params/{parameter}")
             if parameter in _AXES:
                 _extend(array, values, _AXES[parameter], rng)

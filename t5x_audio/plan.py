@@ -11,6 +11,8 @@ parameter but the input embedding's, and none for attention.
 
 import dataclasses
 import math
+import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,6 +76,7 @@ def run(
         )
         for name, (shape, dtype) in batch_shapes().items()
     }
+    print(f"compiling for {topology}: minutes for a deep model", file=sys.stderr, flush=True)
     started = time.monotonic()
     with jax.set_mesh(made):
         compiled = _compile(planned.step.lower(planned.template, batch), topology)
@@ -108,11 +111,16 @@ def _compile(lowered, topology: str):
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text:
             raise
-        used = text[text.find("Used") :].split(".\n")[0].split("\n")[0][:120]
         raise UserError(
-            f"--topology={topology}: the step does not fit ({used}); save fewer activations "
-            "(BACKBONE_REMAT), take fewer sequences a chip, or shard over more chips"
+            f"--topology={topology}: the step does not fit ({_shortage(text)}); keep fewer "
+            "activations (BACKBONE_REMAT), take fewer sequences a chip, or shard over more chips"
         ) from error
+
+
+def _shortage(text: str) -> str:
+    """What the compiler says of the memory it lacks; it has two ways to put it."""
+    found = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ \w+|total memory required.*?exceeds.*?\)", text)
+    return found[0] if found else text.split("RESOURCE_EXHAUSTED:")[-1].strip().split("\n")[0][:120]
 
 
 def _speed(times, template, batch, chip, num_chips: int, steps: int | None) -> dict[str, Any]:

@@ -83,9 +83,7 @@ def run(
         progress,
         provenance,
     )
-    from t5x_audio.training import (
-        xla_flags as flag_sets,
-    )
+    from t5x_audio.training import xla_flags as flag_sets
     from t5x_audio.training.metrics import MetricWriter, summarize
 
     flag_sets.apply(xla_flags)

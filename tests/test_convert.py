@@ -79,7 +79,8 @@ def test_there_and_back_is_the_same_bytes(tmp_path, family, files):
     result = convert.run(from_hf=str(tmp_path / "hf"), model_dir=str(tmp_path / "model"))
     assert result["family"] == family
     assert convert.run(from_hf=str(tmp_path / "hf"), model_dir=str(tmp_path / "model")) == result
-    assert not (tmp_path / "model" / ".importing").exists()
+    left = {path.name for path in (tmp_path / "model").iterdir()}
+    assert left == {"checkpoints", "hugging_face", "model.json"}
     convert.run(model_dir=str(tmp_path / "model"), to_hf=str(tmp_path / "back"))
     there, back = files_of(tmp_path / "hf"), files_of(tmp_path / "back")
     index = "model.safetensors.index.json"

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from t5x_audio.plan import _shortage
+
 MODEL = ["--gin_file=gin/models/toy.gin", "--gin_file=gin/runs/pretrain_stage1.gin"]
 BACKBONE = ["--gin.BACKBONE_HEAD_DIM=128", "--gin.BACKBONE_DTYPE=bfloat16"]
 
@@ -18,6 +20,7 @@ def plan(*flags):
 def test_a_small_pod(tmp_path):
     dump = tmp_path / "step.hlo"
     mesh = ["--gin_file=gin/hardware/v5p.gin", "--gin.DATA=2", "--gin.SEQUENCES_BATCH=8"]
+    mesh += ["--gin.partitioning.ShardingRules.kv_heads=('data', 'tensor')"]
     done = plan("--topology=v5p:2x2x2", *mesh, *BACKBONE, f"--dump_hlo={dump}", "--json")
     assert done.returncode == 0, done.stderr
     *table, closing = done.stdout.splitlines()
@@ -33,6 +36,26 @@ def test_a_small_pod(tmp_path):
     assert "ENTRY" in text
     assert "tpu_custom_call" in text  # attention is the Pallas kernel, not the path of a CPU
     assert any("all-gather" in line for line in table)
+
+
+@pytest.mark.parametrize(
+    ("text", "shortage"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (202.81G) exceeds available HBM (95.74G).",
+            "total memory required for HLO temporaries (202.81G) exceeds available HBM (95.74G)",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+            "space hbm. Used 98.31G of 95.74G hbm. Exceeded hbm capacity by 2.57G.\n\nTotal",
+            "Used 98.31G of 95.74G hbm",
+        ),
+        ("RESOURCE_EXHAUSTED: no room\nat all", "no room"),
+    ],
+)
+def test_what_does_not_fit_is_told(text, shortage):
+    assert _shortage(text) == shortage
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ pass and again in the backward pass; its gradient is summed over the devices in 
 XLA's TPU compiler gathers over two axes of a torus but not over three, where it takes an all-reduce
 of twice the traffic: hence two steps, first over `data`, then over `fsdp`. It also merges a product
 with the norm, SwiGLU or residual sum beside it: 55 to 80 % of the peak by its own estimate. Apart,
-the product takes 92 to 95 % and the rest costs little.
+products reach 81 to 95 % and the rest costs little.
 """
 
 import functools

@@ -73,9 +73,9 @@ class GgufFile:
         }
         values = self._values(fields, None if frequencies is None else frequencies.data)
         self.config: TransformerConfig = hugging_face.config_of(values, path)
-        self._heads = {} if values["model_type"] != "llama" else {
-            "q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads,
-        }  # fmt: skip
+        self._heads = {}  # of interleaved rows
+        if values["model_type"] == "llama":
+            self._heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, [out, in] for a linear layer."""
@@ -115,13 +115,12 @@ class GgufFile:
             "num_key_value_heads": get("attention.head_count_kv", None),
             "head_dim": get("attention.key_length", None),
             "vocab_size": embedding[0],
-            "rms_norm_eps": float(np.float32(get("attention.layer_norm_rms_epsilon"))),
+            # float32 in the file: 1e-5 comes back as 9.99999975e-06.
+            "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
             "rope_theta": float(get("rope.freq_base", 10000.0)),
             "tie_word_embeddings": "lm_head.weight" not in self.shapes,
             "hidden_act": "silu",
         }
-        # float32 in the file: 1e-5 comes back as 9.99999975e-06.
-        values["rms_norm_eps"] = float(f"{values['rms_norm_eps']:.6g}")
         values = {name: value for name, value in values.items() if value is not None}
         if frequencies is not None:
             values["rope_scaling"] = self._scaling(values, np.asarray(frequencies, np.float32))

@@ -4,9 +4,6 @@ That Mosaic compiles them for the chips is shown by programs compiled for a TPU,
 """
 
 import functools
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -120,15 +117,8 @@ def run_on_4_devices():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_every_device_has_its_share_of_batch_and_groups():
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import jax; jax.config.update('jax_num_cpu_devices', 4)\n"
-        "import test_flash_attention; test_flash_attention.run_on_4_devices()"
-    )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+def test_every_device_has_its_share_of_batch_and_groups(on_devices):
+    on_devices(4, "run_on_4_devices")
 
 
 @pytest.mark.parametrize(

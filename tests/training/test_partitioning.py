@@ -1,7 +1,4 @@
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -150,16 +147,8 @@ def check_restore_on_another_mesh(toy, state):
         run.close()
 
 
-def test_sharded_steps_equal_one_device_and_restore_elsewhere():
-    here = Path(__file__).parent
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import jax; jax.config.update('jax_num_cpu_devices', 8)\n"
-        "import test_partitioning; test_partitioning.run_on_8_devices()"
-    )
-    command = [sys.executable, "-c", code, str(here)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+def test_sharded_steps_equal_one_device_and_restore_elsewhere(on_devices):
+    on_devices(8, "run_on_8_devices")
 
 
 def test_stacked_axes_and_missing_metadata():
