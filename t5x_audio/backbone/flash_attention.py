@@ -9,6 +9,8 @@ Choices:
 - Scores are kept transposed, [keys, queries]: maxima and sums then run over sublanes, and the
   statistics of the queries are rows that broadcast without moving.
 - Blocks that no query may see are neither computed nor fetched.
+- Queries may be chunks of a longer sequence (context_parallel.py): where they stand in it is known
+  only on the device, so the blocks to meet are read from prefetched scalars.
 - The backward pass is two kernels: one gathers keys and values, the other queries.
 
 `attention.attention` is the entrance; the same numbers by XLA alone are in blockwise_attention.py.
@@ -22,20 +24,26 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_LANES = 128
+LANES = 128
+"""Chunks of queries are multiples of it."""
 _LOWEST = -1e30  # finite: a block without a visible key gives exp(-inf - this) = 0, never a NaN
 _VMEM_BYTES = 96 * 2**20
 _HEADS_BYTES = 32 * 2**20  # of it for the queries of a program and what is gathered for them
 
 
-def forward(query, key, value, segments, slopes, *, block_size=512, interpret=False):
-    """Attention of a sequence to itself.
+def forward(
+    query, key, value, segments, slopes, *, starts=None, block_size=512, interpret=False
+):  # fmt: skip
+    """Attention of a sequence, or of chunks of it, to the whole of it.
 
     Args:
       query: [B, K, G, S, D], already scaled: K groups of G heads each.
-      key, value: [B, K, S, D].
-      segments: int32[B, S]; a query sees the keys of its segment that are not later.
+      key, value: [B, K, T, D].
+      segments: (int32[B, S] of the queries, int32[B, T] of the keys); a query sees the keys of its
+        segment that are not later.
       slopes: float32[K, G] of the heads, each above 0; None = no bias.
+      starts: int32[C], rising: where among the keys the C chunks stand of which the queries
+        consist; S / C is then a multiple of 128. None: the queries are the keys' tokens.
       block_size: queries and keys that meet at once, a multiple of 128; S needs not be one of it.
         Groups of many heads take smaller ones.
       interpret: run on any device, slowly: for tests.
@@ -44,8 +52,8 @@ def forward(query, key, value, segments, slopes, *, block_size=512, interpret=Fa
       (output [B, K, G, S, D] in the type of `value`, log-sum-exp of the scores
       float32[B, K, G, S]).
     """
-    tiling, length = _Tiling.of(query, block_size), query.shape[3]
-    query, key, value = tiling.pad_heads(query), tiling.pad(key, 2), tiling.pad(value, 2)
+    tiling, length = _Tiling.of(query, key, starts, block_size), query.shape[3]
+    query, key, value = tiling.pad_heads(query), tiling.pad_keys(key, 2), tiling.pad_keys(value, 2)
     shapes = (
         jax.ShapeDtypeStruct(query.shape, value.dtype),
         jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
@@ -55,9 +63,11 @@ def forward(query, key, value, segments, slopes, *, block_size=512, interpret=Fa
     output, log_sum = _call(
         _forward_kernel,
         tiling,
+        (tiling.queries, tiling.keys),
         (query, key, value),
         [tiling.head_spec(q), tiling.key_spec(k), tiling.key_spec(k)],
         segments,
+        starts,
         (q, k),
         shapes,
         [tiling.head_spec(q), tiling.row_spec(q)],
@@ -71,7 +81,7 @@ def forward(query, key, value, segments, slopes, *, block_size=512, interpret=Fa
 
 def backward(
     query, key, value, segments, log_sum, correction, d_output, slopes, *,
-    block_size=512, interpret=False,
+    starts=None, block_size=512, interpret=False,
 ):  # fmt: skip
     """Gradients of `forward`'s output.
 
@@ -85,104 +95,132 @@ def backward(
     Returns:
       (d_query, d_key, d_value) in the shapes and types of query, key and value.
     """
-    tiling, length = _Tiling.of(query, block_size), query.shape[3]
-    query, key, value = tiling.pad_heads(query), tiling.pad(key, 2), tiling.pad(value, 2)
+    tiling, length, seen = _Tiling.of(query, key, starts, block_size), query.shape[3], key.shape[2]
+    query, key, value = tiling.pad_heads(query), tiling.pad_keys(key, 2), tiling.pad_keys(value, 2)
     d_output = tiling.pad_heads(d_output.astype(value.dtype))
     log_sum, correction = tiling.pad_heads(log_sum), tiling.pad_heads(correction)
     arrays = (query, key, value, d_output, log_sum, correction)
 
-    def call(kernel, q, k, shapes, out_specs, scratch, products):
+    def call(kernel, lengths, q, k, shapes, out_specs, scratch, products):
         heads, keys, rows = tiling.head_spec(q), tiling.key_spec(k), tiling.row_spec(q)
         specs = [heads, keys, keys, heads, rows, rows]
         return _call(
-            kernel, tiling, arrays, specs, segments, (q, k), shapes, out_specs, scratch, slopes,
-            interpret, products,
+            kernel, tiling, lengths, arrays, specs, segments, starts, (q, k), shapes, out_specs,
+            scratch, slopes, interpret, products,
         )  # fmt: skip
 
     of_query, of_key = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
     heads, size, dim = tiling.heads, tiling.block, tiling.dim
     q, k = tiling.outer, tiling.seen
     (d_query,) = call(
-        _query_kernel, q, k, (of_query,), [tiling.head_spec(q)], [(heads, size, dim)], 3
-    )
+        _query_kernel, (tiling.queries, tiling.keys), q, k, (of_query,), [tiling.head_spec(q)],
+        [(heads, size, dim)], 3,
+    )  # fmt: skip
     q, k = tiling.seeing, tiling.outer
     d_key, d_value = call(
-        _key_kernel, q, k, (of_key, of_key), [tiling.key_spec(k)] * 2, [(size, dim)] * 2, 4
-    )
-    return d_query[:, :, :, :length], d_key[:, :, :length], d_value[:, :, :length]
+        _key_kernel, (tiling.keys, tiling.queries), q, k, (of_key, of_key),
+        [tiling.key_spec(k)] * 2, [(size, dim)] * 2, 4,
+    )  # fmt: skip
+    return d_query[:, :, :, :length], d_key[:, :, :seen], d_value[:, :, :seen]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """Sizes of a call, and its blocks: the grid is (batch, group, outer block, inner block)."""
+    """Sizes of a call, and its blocks: the grid is (batch, group, outer block, inner block).
+
+    `queries` and `keys` are padded to whole blocks; the queries are `chunks` of equal length.
+    """
 
     batch: int
     groups: int
     heads: int
-    length: int
+    queries: int
+    keys: int
     dim: int
     block: int
+    chunks: int
 
     @classmethod
-    def of(cls, query, block_size: int):
+    def of(cls, query, key, starts, block_size: int):
         batch, groups, heads, length, dim = query.shape
-        block = min(block_size, -(-length // _LANES) * _LANES)
-        while block > _LANES and heads * block * dim * 16 > _HEADS_BYTES:
-            block = -(-block // 2 // _LANES) * _LANES
-        return cls(batch, groups, heads, -(-length // block) * block, dim, block)
+        chunks = 1 if starts is None else len(starts)
+        chunk = length // chunks
+        if starts is not None and chunk % LANES:
+            raise ValueError(f"chunks of {chunk} queries are no multiple of {LANES}")
+        block = min(block_size, -(-chunk // LANES) * LANES)
+        while block > LANES and heads * block * dim * 16 > _HEADS_BYTES:
+            block = -(-block // 2 // LANES) * LANES
+        while starts is not None and chunk % block:
+            block -= LANES
+        whole = lambda n: -(-n // block) * block  # noqa: E731
+        keys = whole(key.shape[2])
+        return cls(batch, groups, heads, whole(length), keys, dim, block, chunks)
 
-    def pad(self, x, axis: int, value=0):
-        """`x` with zeros behind `axis` up to the length."""
-        widths = [(0, self.length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+    def pad(self, x, axis: int, length: int, value=0):
+        """`x` with `value` behind `axis` up to a length."""
+        widths = [(0, length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
         return jnp.pad(x, widths, constant_values=value)
 
     def pad_heads(self, x):
-        return self.pad(x, 3)
+        return self.pad(x, 3, self.queries)
 
-    @property
-    def grid(self):
-        return (self.batch, self.groups, self.length // self.block, self.length // self.block)
+    def pad_keys(self, x, axis: int, value=0):
+        return self.pad(x, axis, self.keys, value)
+
+    def scalars(self, starts):
+        """(block of the keys at which every block of queries stands, first that sees each key).
+
+        int32[queries / block] and int32[keys / block]; the latter in blocks of queries.
+        """
+        per_chunk = self.queries // self.block // self.chunks
+        first = jnp.zeros(1, jnp.int32) if starts is None else starts // self.block
+        place = (first[:, None] + jnp.arange(per_chunk)).reshape(-1).astype(jnp.int32)
+        key_blocks = jnp.arange(self.keys // self.block)
+        seen_from = (place[None] < key_blocks[:, None]).sum(1)
+        return place, jnp.minimum(seen_from, len(place) - 1).astype(jnp.int32)
 
     # Which block of queries or keys to fetch at (outer, inner): none that is not needed.
     @staticmethod
-    def outer(outer, inner):
+    def outer(outer, inner, place, seen_from):
         return outer
 
     @staticmethod
-    def seen(outer, inner):
+    def seen(outer, inner, place, seen_from):
         """Inner blocks of keys for an outer block of queries."""
-        return jnp.minimum(inner, outer)
+        return jnp.minimum(inner, place[outer])
 
     @staticmethod
-    def seeing(outer, inner):
+    def seeing(outer, inner, place, seen_from):
         """Inner blocks of queries for an outer block of keys."""
-        return jnp.maximum(inner, outer)
+        return jnp.maximum(inner, seen_from[outer])
 
     def head_spec(self, block):
         """Of [B, K, G, S, D]."""
         shape = (1, 1, self.heads, self.block, self.dim)
-        return pl.BlockSpec(shape, lambda b, k, o, i: (b, k, 0, block(o, i), 0))
+        return pl.BlockSpec(shape, lambda b, k, *at: (b, k, 0, block(*at), 0))
 
     def row_spec(self, block):
         """Of [B, K, G, S]."""
         shape = (1, 1, self.heads, self.block)
-        return pl.BlockSpec(shape, lambda b, k, o, i: (b, k, 0, block(o, i)))
+        return pl.BlockSpec(shape, lambda b, k, *at: (b, k, 0, block(*at)))
 
     def key_spec(self, block):
-        """Of [B, K, S, D]."""
+        """Of [B, K, T, D]."""
         shape = (1, 1, self.block, self.dim)
-        return pl.BlockSpec(shape, lambda b, k, o, i: (b, k, block(o, i), 0))
+        return pl.BlockSpec(shape, lambda b, k, *at: (b, k, block(*at), 0))
 
     def segment_specs(self, query_block, key_block):
-        """Of [B, 1, S], a row for the queries, and [B, S, 1], a column for the keys."""
-        row = pl.BlockSpec((1, 1, self.block), lambda b, k, o, i: (b, 0, query_block(o, i)))
-        column = pl.BlockSpec((1, self.block, 1), lambda b, k, o, i: (b, key_block(o, i), 0))
+        """Of [B, 1, S], a row for the queries, and [B, T, 1], a column for the keys."""
+        row = pl.BlockSpec((1, 1, self.block), lambda b, k, *at: (b, 0, query_block(*at)))
+        column = pl.BlockSpec((1, self.block, 1), lambda b, k, *at: (b, key_block(*at), 0))
         return [row, column]
 
     def cost(self, products: int, arrays) -> pl.CostEstimate:
-        """Of the half of the blocks that are computed, with their diagonal."""
-        blocks = self.length // self.block
-        pairs = self.batch * self.groups * self.heads * self.block**2 * blocks * (blocks + 1) // 2
+        """Of the half of the blocks that are computed, with their diagonal.
+
+        Chunks are taken to stand so that on average they see half of the keys.
+        """
+        pairs = self.batch * self.groups * self.heads * self.queries * (self.keys + self.block) // 2
         return pl.CostEstimate(
             flops=2 * products * pairs * self.dim,
             transcendentals=pairs + pairs // self.heads,
@@ -191,26 +229,31 @@ class _Tiling:
 
 
 def _call(
-    kernel, tiling, arrays, specs, segments, blocks, shapes, out_specs, scratch, slopes, interpret,
-    products,
+    kernel, tiling, lengths, arrays, specs, segments, starts, blocks, shapes, out_specs, scratch,
+    slopes, interpret, products,
 ):  # fmt: skip
-    """Runs a kernel; it gets slopes, segments, `arrays`, outputs, `scratch` and the table."""
+    """Runs a kernel; it gets places, slopes, segments, `arrays`, outputs, `scratch` and the table.
+
+    `lengths` are those over which the outer and the inner blocks of the grid go.
+    """
     # Padding is a segment of its own, which sees itself.
-    segments = tiling.pad(segments, 1, -1)
+    query_segments = tiling.pad(segments[0], 1, tiling.queries, -1)
+    key_segments = tiling.pad_keys(segments[1], 1, -1)
     biased = slopes is not None
     slopes = slopes if biased else jnp.zeros((tiling.groups, tiling.heads), jnp.float32)
     table = pltpu.VMEM((tiling.block, tiling.block), jnp.float32)
+    grid = (tiling.batch, tiling.groups, *(length // tiling.block for length in lengths))
+    in_specs = [pl.BlockSpec(memory_space=pltpu.SMEM), *tiling.segment_specs(*blocks), *specs]
     return pl.pallas_call(
         functools.partial(kernel, tiling=tiling, biased=biased),
-        grid=tiling.grid,
-        in_specs=[
-            pl.BlockSpec(memory_space=pltpu.SMEM),
-            *tiling.segment_specs(*blocks),
-            *specs,
-        ],
-        out_specs=out_specs,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in scratch), table],
+        ),
         out_shape=shapes,
-        scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in scratch), table],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_VMEM_BYTES,
@@ -218,9 +261,10 @@ def _call(
         cost_estimate=tiling.cost(products, (*arrays, *shapes)),
         interpret=interpret,
     )(
+        *tiling.scalars(starts),
         slopes,
-        segments[:, None, :],
-        segments[:, :, None],
+        query_segments[:, None, :],
+        key_segments[:, :, None],
         *arrays,
     )
 
@@ -237,10 +281,13 @@ def _dot(left, right, axes):
     )
 
 
-def _fill(table, query_segments, key_segments, query_block, key_block, tiling, biased):
-    """table [keys, queries] = sqrt(i - j), or 0 without bias, where seen; inf elsewhere."""
+def _fill(table, query_segments, key_segments, blocks_ahead, tiling, biased):
+    """table [keys, queries] = sqrt(i - j), or 0 without bias, where seen; inf elsewhere.
+
+    The queries stand `blocks_ahead` blocks behind the keys.
+    """
     shape = (tiling.block, tiling.block)
-    ahead = (query_block - key_block) * tiling.block
+    ahead = blocks_ahead * tiling.block
     row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     distance = ahead + jax.lax.broadcasted_iota(jnp.int32, shape, 1) - row
     seen = (distance >= 0) & (query_segments[0] == key_segments[0])
@@ -255,10 +302,11 @@ def _scores(slopes, query, key, table, head, biased):
 
 
 def _forward_kernel(
-    slopes, query_segments, key_segments, query, key, value, output, log_sum,
+    place, _, slopes, query_segments, key_segments, query, key, value, output, log_sum,
     top, total, mixed, table, *, tiling, biased,
 ):  # fmt: skip
-    slopes, outer, inner = slopes.at[pl.program_id(1)], pl.program_id(2), pl.program_id(3)
+    slopes, inner = slopes.at[pl.program_id(1)], pl.program_id(3)
+    here = place[pl.program_id(2)]
 
     @pl.when(inner == 0)
     def start():
@@ -266,9 +314,9 @@ def _forward_kernel(
         total[...] = jnp.zeros_like(total)
         mixed[...] = jnp.zeros_like(mixed)
 
-    @pl.when(inner <= outer)
+    @pl.when(inner <= here)
     def meet():
-        _fill(table, query_segments, key_segments, outer, inner, tiling, biased)
+        _fill(table, query_segments, key_segments, here - inner, tiling, biased)
         for head in range(tiling.heads):
             one = slice(head, head + 1)
             scores = _scores(slopes, query, key, table, head, biased)
@@ -280,7 +328,7 @@ def _forward_kernel(
             gain = _dot(value[0, 0], weights.astype(value.dtype), (0, 0))
             mixed[head] = fade * mixed[head] + gain
 
-    @pl.when(inner == outer)
+    @pl.when(inner == here)
     def finish():
         for head in range(tiling.heads):
             normed = mixed[head] / total[head : head + 1]
@@ -298,49 +346,51 @@ def _weights_and_gradient(slopes, arrays, table, head, biased):
 
 
 def _query_kernel(
-    slopes, query_segments, key_segments, query, key, value, d_output, log_sum, correction,
-    d_query, gathered, table, *, tiling, biased,
+    place, _, slopes, query_segments, key_segments, query, key, value, d_output, log_sum,
+    correction, d_query, gathered, table, *, tiling, biased,
 ):  # fmt: skip
     arrays = (query, key, value, d_output, log_sum, correction)
-    slopes, outer, inner = slopes.at[pl.program_id(1)], pl.program_id(2), pl.program_id(3)
+    slopes, inner = slopes.at[pl.program_id(1)], pl.program_id(3)
+    here = place[pl.program_id(2)]
 
     @pl.when(inner == 0)
     def start():
         gathered[...] = jnp.zeros_like(gathered)
 
-    @pl.when(inner <= outer)
+    @pl.when(inner <= here)
     def meet():
-        _fill(table, query_segments, key_segments, outer, inner, tiling, biased)
+        _fill(table, query_segments, key_segments, here - inner, tiling, biased)
         for head in range(tiling.heads):
             _, d_scores = _weights_and_gradient(slopes, arrays, table, head, biased)
             gathered[head] += _dot(d_scores.astype(key.dtype), key[0, 0], (0, 0))
 
-    @pl.when(inner == outer)
+    @pl.when(inner == here)
     def finish():
         d_query[0, 0] = gathered[...].astype(d_query.dtype)
 
 
 def _key_kernel(
-    slopes, query_segments, key_segments, query, key, value, d_output, log_sum, correction,
-    d_key, d_value, of_key, of_value, table, *, tiling, biased,
+    place, _, slopes, query_segments, key_segments, query, key, value, d_output, log_sum,
+    correction, d_key, d_value, of_key, of_value, table, *, tiling, biased,
 ):  # fmt: skip
     arrays = (query, key, value, d_output, log_sum, correction)
     slopes, outer, inner = slopes.at[pl.program_id(1)], pl.program_id(2), pl.program_id(3)
+    there = place[inner]
 
     @pl.when(inner == 0)
     def start():
         of_key[...] = jnp.zeros_like(of_key)
         of_value[...] = jnp.zeros_like(of_value)
 
-    @pl.when(inner >= outer)
+    @pl.when(there >= outer)
     def meet():
-        _fill(table, query_segments, key_segments, inner, outer, tiling, biased)
+        _fill(table, query_segments, key_segments, there - outer, tiling, biased)
         for head in range(tiling.heads):
             weights, d_scores = _weights_and_gradient(slopes, arrays, table, head, biased)
             of_value[...] += _dot(weights.astype(value.dtype), d_output[0, 0, head], (1, 0))
             of_key[...] += _dot(d_scores.astype(key.dtype), query[0, 0, head], (1, 0))
 
-    @pl.when(inner == tiling.grid[3] - 1)
+    @pl.when(inner == tiling.queries // tiling.block - 1)
     def finish():
         d_key[0, 0] = of_key[...].astype(d_key.dtype)
         d_value[0, 0] = of_value[...].astype(d_value.dtype)

@@ -14,6 +14,7 @@ MESH_AXES = ("replica", "data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("replica", "data", "fsdp")
 FSDP_AXIS = "fsdp"
 HEAD_AXIS = "tensor"
+SEQUENCE_AXIS = "sequence"
 
 
 def present(mesh: AbstractMesh, *names: str) -> tuple[str, ...]:

@@ -28,11 +28,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_audio.backbone import remat, rope
+from t5x_audio.backbone import context_parallel, remat, rope
 from t5x_audio.backbone.alibi import alibi_slopes, interpolate_slopes
 from t5x_audio.backbone.attention import attention
 from t5x_audio.backbone.feed_forward import dense, swiglu
-from t5x_audio.backbone.mesh import BATCH_AXES, FSDP_AXIS, HEAD_AXIS, constrain
+from t5x_audio.backbone.mesh import (
+    BATCH_AXES,
+    FSDP_AXIS,
+    HEAD_AXIS,
+    SEQUENCE_AXIS,
+    constrain,
+)
 from t5x_audio.backbone.rope import Llama3Scaling
 from t5x_audio.errors import UserError
 
@@ -309,8 +315,11 @@ class Transformer(nnx.Module):
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
+        if cache is None:
+            balance = context_parallel.balance
+            tokens, positions, segment_ids = map(balance, (tokens, positions, segment_ids))
         x = self.embedding[...][tokens].astype(jnp.dtype(self.config.dtype))
-        x = constrain(x, BATCH_AXES)
+        x = constrain(x, BATCH_AXES, SEQUENCE_AXIS)
         if cache is not None:
             cache = cache.replace(
                 positions=jax.lax.dynamic_update_slice(cache.positions, positions, (0, start)),
@@ -327,6 +336,8 @@ class Transformer(nnx.Module):
             turned = rope.rotation(positions, turns)
         run = self._scan if isinstance(self.layers, Layer) else self._loop
         x, cache = run(x, (positions, segment_ids), turned, start, cache)
+        if cache is None:
+            x = context_parallel.restore(x)
         return self.final_norm(x), cache
 
     def _scan(self, x, place, turned, start, cache):
@@ -338,7 +349,7 @@ class Transformer(nnx.Module):
             if kept is not None:
                 kept = (*kept, start, (cache.positions, cache.segment_ids))
             x, kept = nnx.merge(graphdef, state)(x, place, turned, kept)
-            return constrain(x, BATCH_AXES), kept
+            return constrain(x, BATCH_AXES, SEQUENCE_AXIS), kept
 
         if cache is None:
             body = remat.remat(body, self.config.remat)

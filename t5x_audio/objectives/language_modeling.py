@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from t5x_audio.backbone.mesh import BATCH_AXES, HEAD_AXIS, present
+from t5x_audio.backbone.mesh import BATCH_AXES, HEAD_AXIS, SEQUENCE_AXIS, present
 from t5x_audio.errors import UserError
 
 STREAMS = ("text", "linguistic", "semantic")
@@ -149,31 +149,33 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _over_mesh(function, hidden, kernel, targets, weights, z_loss):
-    """Runs `function` on every device's share of the rows and of the vocabulary.
+    """Runs `function` on every device's share of the tokens and of the vocabulary.
 
     Left to the partitioner, the kernel would be gathered and its gradient reduced for every chunk;
     so both happen once, around the loop over chunks.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    rows, columns = present(mesh, *BATCH_AXES), present(mesh, HEAD_AXIS)
-    if hidden.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
-        rows = ()
-    if kernel.shape[1] % math.prod(mesh.shape[axis] for axis in columns):
-        columns = ()
-    function = functools.partial(function, z_loss=z_loss, rows=rows, columns=columns)
-    if not rows and not columns:
+
+    def over(size: int, *names: str):
+        found = present(mesh, *names)
+        return () if size % math.prod(mesh.shape[name] for name in found) else found
+
+    rows, tokens = over(hidden.shape[0], *BATCH_AXES), over(hidden.shape[1], SEQUENCE_AXIS)
+    columns = over(kernel.shape[1], HEAD_AXIS)
+    function = functools.partial(function, z_loss=z_loss, shares=rows + tokens, columns=columns)
+    if not rows and not tokens and not columns:
         return function(hidden, kernel, targets, weights)
-    by_row, by_column = P(rows or None), P(None, columns or None)
-    outputs = (P(), by_row, by_row, by_row, by_column)
+    by_token, by_column = P(rows or None, tokens or None), P(None, columns or None)
+    outputs = (P(), by_token, by_token, by_token, by_column)
     return jax.shard_map(
         function,
-        in_specs=(by_row, by_column, by_row, by_row),
+        in_specs=(by_token, by_column, by_token, by_token),
         out_specs=outputs[:3] if function.func is _losses_only else outputs,
         check_vma=False,
     )(hidden, kernel, targets, weights)
 
 
-def _losses_only(hidden, kernel, targets, weights, *, z_loss, rows, columns):
+def _losses_only(hidden, kernel, targets, weights, *, z_loss, shares, columns):
     """-> (weighted sum, cross-entropy [B, S], correct [B, S])."""
     places = _place_of(targets, kernel, columns)
 
@@ -183,10 +185,10 @@ def _losses_only(hidden, kernel, targets, weights, *, z_loss, rows, columns):
 
     chunks, merge = _chunked(hidden, places, weights)
     _, (total, losses, correct) = jax.lax.scan(body, None, chunks)
-    return jax.lax.psum(total.sum(), rows), merge(losses), merge(correct)
+    return jax.lax.psum(total.sum(), shares), merge(losses), merge(correct)
 
 
-def _with_gradients(hidden, kernel, targets, weights, *, z_loss, rows, columns):
+def _with_gradients(hidden, kernel, targets, weights, *, z_loss, shares, columns):
     """As `_losses_only`, and the gradients of the weighted sum by hidden and kernel."""
     places = _place_of(targets, kernel, columns)
 
@@ -206,8 +208,8 @@ def _with_gradients(hidden, kernel, targets, weights, *, z_loss, rows, columns):
     chunks, merge = _chunked(hidden, places, weights)
     start = jnp.zeros(kernel.shape, jnp.float32)
     d_kernel, (total, losses, correct, d_hidden) = jax.lax.scan(body, start, chunks)
-    d_kernel = jax.lax.psum(d_kernel.astype(kernel.dtype), rows)
-    return jax.lax.psum(total.sum(), rows), *map(merge, (losses, correct, d_hidden)), d_kernel
+    d_kernel = jax.lax.psum(d_kernel.astype(kernel.dtype), shares)
+    return jax.lax.psum(total.sum(), shares), *map(merge, (losses, correct, d_hidden)), d_kernel
 
 
 def _place_of(targets, kernel, columns):

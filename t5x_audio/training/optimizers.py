@@ -96,15 +96,34 @@ class _Scheduled(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW(_Scheduled):
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019).
+
+    Attributes:
+      b1, b2, eps: of Adam.
+      moments_dtype: 'float32', or 'bfloat16' to keep both moments in half of the memory; they are
+        computed in float32. A second moment changes by 1 - b2 of itself at most when the gradients
+        shrink, which bfloat16 (8 bits) resolves down to 0.004: a larger b2 is refused.
+    """
 
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    moments_dtype: str = "float32"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.moments_dtype not in ("float32", "bfloat16"):
+            raise UserError(f"AdamW.moments_dtype={self.moments_dtype!r}: float32 or bfloat16")
+        if self.moments_dtype == "bfloat16" and max(self.b1, self.b2) > 0.99:
+            raise UserError(
+                f"AdamW.moments_dtype='bfloat16' cannot hold moments with b1={self.b1}, "
+                f"b2={self.b2}: they would stand still; keep both at 0.99 or below, or use float32"
+            )
 
     def _rule(self):
-        return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
+        rule = optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
+        return rule if self.moments_dtype == "float32" else _kept_in(rule, self.moments_dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +141,22 @@ class Adafactor(_Scheduled):
             ),
             optax.clip_by_block_rms(self.clip_update_rms),
         )
+
+
+def _kept_in(rule: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """`rule` with the floating-point arrays of its state in another type between two updates."""
+
+    def cast(state, to):
+        def one(leaf):
+            return leaf.astype(to) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+        return jax.tree.map(one, state)
+
+    def update(updates, state, params=None):
+        updates, state = rule.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(rule.init(params), dtype), update)
 
 
 def _per_parameter(function, params):

@@ -69,10 +69,10 @@ def test_output_and_gradients(groups, heads, length, dim, biased, dtype, within)
     segments = segments_of(length)
     slopes = np.float32(alibi_slopes(groups * heads)).reshape(groups, heads) if biased else None
     options = dict(block_size=128, interpret=True)
-    output, log_sum = flash_attention.forward(query, key, value, segments, slopes, **options)
+    output, log_sum = flash_attention.forward(query, key, value, (segments,) * 2, slopes, **options)
     correction = (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1)
     gradients = flash_attention.backward(
-        query, key, value, segments, log_sum, correction, d_output, slopes, **options
+        query, key, value, (segments,) * 2, log_sum, correction, d_output, slopes, **options
     )
     expected = reference(query, key, value, segments, slopes, d_output)
     assert output.dtype == dtype and log_sum.dtype == jnp.float32
@@ -86,7 +86,7 @@ def test_large_scores_stay_finite():
     query, key, value, d_output = made(1, 2, 140, 64)
     slopes = np.full((1, 2), 0.5, np.float32)
     options = dict(block_size=128, interpret=True)
-    rest = (key, value, segments_of(140))
+    rest = (key, value, (segments_of(140),) * 2)
     output, log_sum = flash_attention.forward(1e4 * query, *rest, slopes, **options)
     gradients = flash_attention.backward(
         1e4 * query, *rest, log_sum, (output * d_output).sum(-1), d_output, slopes, **options
@@ -103,10 +103,12 @@ def run_on_4_devices():
 
     @jax.jit
     def both(query, key, value, d_output):
-        output, log_sum = attention.flash_forward(query, key, value, places, slopes, **options)
+        output, log_sum = attention.flash_forward(
+            query, key, value, places, slopes=slopes, **options
+        )
         correction = (output * d_output).sum(-1)
         saved = (query, key, value, places, log_sum, correction, d_output)
-        return output, *attention.flash_backward(*saved, slopes, **options)
+        return output, *attention.flash_backward(*saved, slopes=slopes, **options)
 
     alone = both(query, key, value, d_output)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -119,6 +121,34 @@ def run_on_4_devices():
 
 def test_every_device_has_its_share_of_batch_and_groups(on_devices):
     on_devices(4, "run_on_4_devices")
+
+
+def run_on_3_devices_along_the_sequence():
+    length, chunk = 3 * 2 * 128, 128
+    *arrays, d_output = made(1, 2, length, 64)
+    segments = segments_of(length)
+    slopes = alibi_slopes(2)
+    expected = reference(*arrays, segments, np.float32(slopes).reshape(1, 2), d_output)
+    # Balanced order: a device has one chunk of the first half and its mirror image.
+    order = np.concatenate([np.arange(c * chunk, c * chunk + chunk) for c in (0, 5, 1, 4, 2, 3)])
+    query, key, value, d_output = (x[..., order, :] for x in (*arrays, d_output))
+    places = (None, jnp.asarray(segments[:, order]))
+    options = dict(block_size=128, interpret=True, slopes=slopes)
+    mesh = jax.make_mesh((3,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        output, log_sum = attention.flash_forward(query, key, value, places, **options)
+        saved = (query, key, value, places, log_sum, (output * d_output).sum(-1), d_output)
+        gradients = attention.flash_backward(*saved, **options)
+    assert output.addressable_shards[0].data.shape == (BATCH, 1, 2, 256, 64)
+    assert gradients[1].addressable_shards[0].data.shape == (BATCH, 1, 256, 64)
+    got = (output, log_sum[..., None], *gradients)
+    expected = (expected[0], expected[1][..., None], *expected[2:])
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other[..., order, :], atol=1e-4)
+
+
+def test_every_device_has_its_chunks_of_the_sequence(on_devices):
+    on_devices(3, "run_on_3_devices_along_the_sequence")
 
 
 @pytest.mark.parametrize(

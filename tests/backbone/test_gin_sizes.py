@@ -46,7 +46,7 @@ def test_published_sizes_divide_over_v5p(size, fsdp):
     gin.parse_config_file("gin/hardware/v5p.gin")
     rules = gin.get_configurable("partitioning.ShardingRules")()
     gin.clear_config()
-    assert rules.mlp == ("data", "tensor")  # it is the file's table
+    assert rules.mlp == ("data", "sequence", "tensor")  # it is the file's table
     mesh = jax.sharding.AbstractMesh((1, 8, fsdp, 1, 1), MESH_AXES)
     config = backbone(macros(size))
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))

@@ -56,6 +56,43 @@ def test_adamw_agrees_with_optax():
     )
 
 
+def test_moments_in_bfloat16():
+    params = make_params()
+    grads = jax.tree.map(lambda x: jnp.sin(x + 1), params)
+    settings = dict(peak_lr=1e-3, schedule="constant", b2=0.95, clip_norm=None)
+    ours = optimizers.AdamW(moments_dtype="bfloat16", **settings)
+    state = ours.make(params).init(params)
+    kept = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert kept and all(leaf.dtype == jnp.bfloat16 for leaf in kept)
+    assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(state) if not leaf.ndim)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-6),
+        update(ours, params, grads, steps=20),
+        update(optimizers.AdamW(**settings), params, grads, steps=20),
+    )
+    # Small gradients after large ones: the second moment comes down as fast as in float32.
+    shrunk = []
+    for optimizer in (ours, optimizers.AdamW(**settings)):
+        tx = optimizer.make(params)
+        state = tx.init(params)
+        for scale in [1.0] * 3 + [1e-3] * 100:
+            updates, state = tx.update(jax.tree.map(lambda g, s=scale: s * g, grads), state, params)
+        shrunk.append(updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.1, atol=1e-5), *shrunk)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(moments_dtype="float16"), "float32 or bfloat16"),
+        (dict(moments_dtype="bfloat16", b2=0.999), "stand still"),
+    ],
+)
+def test_types_that_cannot_hold_moments(settings, message):
+    with pytest.raises(UserError, match=message):
+        optimizers.AdamW(peak_lr=1.0, schedule="constant", **settings)
+
+
 def test_embedding_and_head_learn_at_their_own_rate():
     params = make_params()
     grads = jax.tree.map(jnp.ones_like, params)
