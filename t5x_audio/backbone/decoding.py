@@ -4,8 +4,8 @@ Choices:
 - `stream` yields a block every few tokens and `generate` is the same stream read to its end.
 - Prompts of a batch are left-aligned and padded to a bucket, and rows that have finished go on as
   padding: shapes depend on the bucket, the batch and the block alone, so few programs are compiled.
-- The layers are taken apart once, when a Decoder is made: slicing stacked weights for every token
-  costs more than the token. The cache is donated from block to block, never copied.
+- The weights are prepared once, when a Decoder is made (decoding_weights.py). The cache is donated
+  from block to block, never copied.
 - On a mesh (`jax.set_mesh`, weights placed as a training run places them) rows and groups of heads
   of the cache lie on the devices that work on them.
 - A grammar is three tables (see `sequences.grammar`): what a state allows is a mask on the logits.
@@ -26,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from t5x_audio.backbone import decoding_weights
 from t5x_audio.backbone.mesh import BATCH_AXES, constrain
-from t5x_audio.backbone.transformer import KVCache, Transformer, unstack_layers
+from t5x_audio.backbone.transformer import KVCache, Transformer
 from t5x_audio.errors import UserError
 
 PADDING = -1
@@ -58,7 +59,7 @@ class Sampling:
 
 
 @flax.struct.dataclass
-class _State:
+class DecodingState:
     """Between two tokens: logits float32[B, V] of the next, int32[B] its position, and so on."""
 
     cache: KVCache
@@ -71,17 +72,18 @@ class _State:
 
 
 class Decoder:
-    """Decodes with one model; keep it, since compiled programs and unstacked weights stay with it.
+    """Decodes with one model; keep it, since compiled programs and prepared weights stay with it.
 
     Args:
       model: a Transformer.
       stop_ids: tokens that end an answer.
+      weights: 'float32', 'bfloat16' or 'int8', how they are kept; None leaves them as they are.
     """
 
-    def __init__(self, model: Transformer, stop_ids: Sequence[int]):
-        """Takes the layers apart."""
+    def __init__(self, model: Transformer, stop_ids: Sequence[int], weights: str | None = None):
+        """Prepares the weights."""
         self.vocab_size = model.config.vocab_size
-        self._graphdef, self._weights = nnx.split(unstack_layers(model))
+        self._graphdef, self._weights = nnx.split(decoding_weights.prepare(model, weights))
         self._stop_ids = tuple(int(i) for i in stop_ids)
 
     def stream(
@@ -112,15 +114,8 @@ class Decoder:
         tokens, lengths = self._pad(prompts)
         tables = self._tables(grammar)
         steps = -(-max_new_tokens // block) * block
-        state = _prefill(self._graphdef, self._weights, tokens, lengths, steps)
-        batch = len(lengths)
-        state = _State(
-            *state,
-            grammar_state=jnp.full(batch, grammar.start_state if grammar else 0, jnp.int32),
-            finished=jnp.zeros(batch, bool),
-            window=jnp.full((batch, max(sampling.repetition_window, 1)), PADDING, jnp.int32),
-            rng=jax.random.key(seed),
-        )
+        cache, logits, position = prefill(self._graphdef, self._weights, tokens, lengths, steps)
+        state = begin(cache, logits, position, sampling, grammar, seed)
         left = max_new_tokens
         while left > 0:
             state, produced, count = _decode(
@@ -168,7 +163,7 @@ class Decoder:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _prefill(graphdef, weights, tokens, lengths, steps):
+def prefill(graphdef, weights, tokens, lengths, steps):
     """-> (cache with room for `steps` more, logits of the first new token, its position)."""
     model = nnx.merge(graphdef, weights)
     batch, width = tokens.shape
@@ -181,11 +176,48 @@ def _prefill(graphdef, weights, tokens, lengths, steps):
     return cache, model.logits(last)[:, 0], lengths
 
 
+def begin(
+    cache, logits, position, sampling: Sampling, grammar=None, seed: int = 0
+) -> DecodingState:
+    """The state before the first new token, of what `prefill` returns."""
+    batch = len(position)
+    return DecodingState(
+        cache,
+        logits,
+        position,
+        grammar_state=jnp.full(batch, grammar.start_state if grammar else 0, jnp.int32),
+        finished=jnp.zeros(batch, bool),
+        window=jnp.full((batch, max(sampling.repetition_window, 1)), PADDING, jnp.int32),
+        rng=jax.random.key(seed),
+    )
+
+
+def next_token(graphdef, weights, state: DecodingState, tables, sampling, stop_ids):
+    """-> (state after one more token, int32[B] that token, PADDING where a row has finished)."""
+    model = nnx.merge(graphdef, weights)
+    rng, draw = jax.random.split(state.rng)
+    token, live = _drawn(state, tables, sampling, draw), ~state.finished
+    grammar_state = state.grammar_state
+    if tables is not None:
+        grammar_state = tables[2][grammar_state, tables[0][token]]
+    hidden, cache = model.hidden(
+        token[:, None], state.position[:, None], live[:, None].astype(jnp.int32), state.cache
+    )
+    after = DecodingState(
+        cache=cache,
+        logits=model.logits(hidden)[:, 0],
+        position=state.position + 1,
+        grammar_state=jnp.where(live, grammar_state, state.grammar_state),
+        finished=state.finished | jnp.isin(token, jnp.asarray(stop_ids, jnp.int32)),
+        window=jnp.concatenate([state.window[:, 1:], token[:, None]], 1),
+        rng=rng,
+    )
+    return after, jnp.where(live, token, PADDING)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6), donate_argnums=2)
 def _decode(graphdef, weights, state, tables, sampling, stop_ids, block):
     """-> (state after up to `block` tokens, int32[B, block], how many)."""
-    model = nnx.merge(graphdef, weights)
-    stops = jnp.asarray(stop_ids, jnp.int32)
 
     def more(carry):
         state, _, index = carry
@@ -193,32 +225,14 @@ def _decode(graphdef, weights, state, tables, sampling, stop_ids, block):
 
     def step(carry):
         state, produced, index = carry
-        rng, draw = jax.random.split(state.rng)
-        token = _next_token(state, tables, sampling, draw)
-        produced = produced.at[:, index].set(jnp.where(state.finished, PADDING, token))
-        live = ~state.finished
-        grammar_state = state.grammar_state
-        if tables is not None:
-            grammar_state = tables[2][grammar_state, tables[0][token]]
-        hidden, cache = model.hidden(
-            token[:, None], state.position[:, None], live[:, None].astype(jnp.int32), state.cache
-        )
-        state = _State(
-            cache=cache,
-            logits=model.logits(hidden)[:, 0],
-            position=state.position + 1,
-            grammar_state=jnp.where(live, grammar_state, state.grammar_state),
-            finished=state.finished | jnp.isin(token, stops),
-            window=jnp.concatenate([state.window[:, 1:], token[:, None]], 1),
-            rng=rng,
-        )
-        return state, produced, index + 1
+        state, token = next_token(graphdef, weights, state, tables, sampling, stop_ids)
+        return state, produced.at[:, index].set(token), index + 1
 
     produced = jnp.full((state.logits.shape[0], block), PADDING, jnp.int32)
     return jax.lax.while_loop(more, step, (state, produced, jnp.int32(0)))
 
 
-def _next_token(state: _State, tables, sampling: Sampling, rng) -> jax.Array:
+def _drawn(state: DecodingState, tables, sampling: Sampling, rng) -> jax.Array:
     """int32[B]."""
     logits = state.logits
     if tables is not None:

@@ -11,8 +11,8 @@ options the same class is Llama, Qwen2 and Qwen3 (modeling_{llama,qwen2,qwen3}.p
 Choices:
 - Query, key, value, gate and up are products of their own: joint ones were no faster, and their
   gradients have to be put together again in memory.
-- Layers are stacked on a leading axis and scanned; `unstack_layers` takes them apart for decoding,
-  where slicing the stack would copy every weight at every token.
+- Layers are stacked on a leading axis and scanned; decoding_weights.py takes them apart, where
+  slicing the stack would copy every weight at every token.
 - One code path: training, prefill and one-token steps differ only in the cache they pass. Keys are
   masked by segment and position, so packed rows, padding and the unused tail of a cache need no
   case of their own.
@@ -151,6 +151,14 @@ def _param(rngs, shape, axes, std):
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), logical_axes=axes)
 
 
+def _scaled(product, module, name: str):
+    """`product` times the scales of the outputs, where the weight is int8 (decoding_weights.py)."""
+    scale = getattr(module, f"{name}_scale", None)
+    if scale is None:
+        return product
+    return (product.astype(jnp.float32) * scale[...].reshape(-1)).astype(product.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale; the statistics in float32."""
 
@@ -219,14 +227,19 @@ class Layer(nnx.Module):
         attended, kept = self._attend(self.attention_norm(x), place, rotation, cache, into, out_of)
         x = remat.named(x + attended, "residual")
         normed = self.mlp_norm(x)
-        gate = remat.named(dense(normed, self.gate[...], into), "gate")
-        up = remat.named(dense(normed, self.up[...], into), "up")
-        return x + dense(swiglu(gate, up), self.down[...], out_of), kept
+        gate = remat.named(self._product(normed, "gate", into), "gate")
+        up = remat.named(self._product(normed, "up", into), "up")
+        return x + self._product(swiglu(gate, up), "down", out_of), kept
+
+    def _product(self, x, name: str, layout):
+        """[..., I] -> [..., O] by the weight of that name."""
+        kernel = getattr(self, name)[...].reshape(x.shape[-1], -1)
+        return _scaled(dense(x, kernel, layout), self, name)
 
     def _project(self, x, name: str, layout):
         """[B, S, embed] -> [B, heads, S, head_dim] of query, key or value."""
         config = self.config
-        projected = dense(x, getattr(self, name)[...].reshape(config.embed, -1), layout)
+        projected = self._product(x, name, layout)
         projected = projected.reshape(*x.shape[:2], -1, config.head_dim)
         if config.qkv_bias:
             projected = projected + getattr(self, f"{name}_bias")[...].astype(x.dtype)
@@ -258,8 +271,7 @@ class Layer(nnx.Module):
             same_tokens=cache is None,
         )
         mixed = mixed.reshape(batch, config.num_heads, length, -1).swapaxes(1, 2)
-        out = self.out[...].reshape(-1, config.embed)
-        return dense(mixed.reshape(batch, length, -1), out, out_of), kept
+        return self._product(mixed.reshape(batch, length, -1), "out", out_of), kept
 
 
 class Transformer(nnx.Module):
@@ -306,7 +318,8 @@ class Transformer(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., embed] of `hidden` -> float32[..., vocab_size]."""
         kernel = self.head_kernel.astype(hidden.dtype)
-        return jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        return _scaled(logits, self, "head")
 
     def hidden(self, tokens, positions=None, segment_ids=None, cache=None):
         """As `__call__`, but returns ([B, S, embed] before the head, cache or None)."""
@@ -386,14 +399,3 @@ class Transformer(nnx.Module):
             kept = [tuple(empty() for _ in range(config.num_layers)) for _ in range(2)]
         places = [constrain(jnp.zeros((batch, max_len), jnp.int32), BATCH_AXES) for _ in range(2)]
         return KVCache(*kept, *places, jnp.zeros((), jnp.int32))
-
-
-def unstack_layers(model: Transformer) -> Transformer:
-    """The same model with every layer's weights in arrays of their own, for decoding."""
-    model = nnx.merge(*nnx.split(model))
-    graphdef, state = nnx.split(model.layers)
-    model.layers = nnx.List(
-        nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state))
-        for i in range(model.config.num_layers)
-    )
-    return model

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from t5x_audio.backbone import remat
+from t5x_audio.backbone import decoding_weights, remat
 from t5x_audio.backbone.rope import Llama3Scaling
-from t5x_audio.backbone.transformer import TransformerConfig, unstack_layers
+from t5x_audio.backbone.transformer import TransformerConfig
 from t5x_audio.errors import UserError
 from t5x_audio.training.flops import count_flops
 
@@ -157,7 +157,7 @@ def test_packed_batch(variant):
     [("step1", True), ("step1", False), ("llama", False), ("qwen2", True), ("qwen3", False)],
 )
 def test_prefill_and_steps(variant, stacked):
-    model = make(variant) if stacked else unstack_layers(make(variant))
+    model = make(variant) if stacked else decoding_weights.prepare(make(variant))
     graphdef, state = nnx.split(model)
     step = jax.jit(lambda s, tokens, cache: nnx.merge(graphdef, s)(tokens, cache=cache))
     tokens = sequences()[0]

@@ -1,0 +1,87 @@
+"""A model's weights as a decoder reads them: layer by layer, in as few bytes as wanted.
+
+Every token reads every weight once, so a decoder of few streams is as fast as its weights are
+small. Choices:
+- Layers are taken apart: slicing their stack would copy every weight for every token.
+- `int8` keeps matrices in 8 bits with a float32 scale for each output (weight-only, symmetric,
+  round to nearest; LLM.int8, arXiv 2208.07339, section 2.1, without its outliers). The product is
+  formed with the integers in the type of the computation and scaled behind it. Embedding, norms and
+  biases stay as they are: of the embedding a token reads one row.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5x_audio.backbone.transformer import Layer, Transformer
+from t5x_audio.errors import UserError
+
+KINDS = ("float32", "bfloat16", "int8")
+_CONTRACTED_AXES = {
+    "query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1, "head": 1,
+}  # fmt: skip
+
+
+def prepare(model: Transformer, kind: str | None = None) -> Transformer:
+    """A copy of `model` for decoding.
+
+    Args:
+      model: with its layers stacked or not.
+      kind: of KINDS, the type of the weights; None leaves it. What is not int8 under `int8` takes
+        the model's own type of computation.
+
+    Raises:
+      UserError: no such kind.
+    """
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"weights={kind!r}: use one of {', '.join(KINDS)}")
+    model = nnx.merge(*nnx.split(model))
+    if isinstance(model.layers, Layer):
+        model.layers = nnx.List(_unstacked(model.layers, model.config.num_layers))
+    if kind == "int8":
+        for module in (model, *model.layers):
+            _to_int8(module)
+    if kind is not None:
+        graphdef, state = nnx.split(model)
+        dtype = model.config.dtype if kind == "int8" else kind
+        model = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(_cast_to(dtype), state))
+    return model
+
+
+def _unstacked(layers: Layer, count: int):
+    """Every layer with arrays of its own."""
+    graphdef, state = nnx.split(layers)
+
+    def one(variable, index):
+        axes = variable.get_metadata().get("logical_axes")
+        made = variable.replace(variable[...][index])
+        return made if axes is None else made.replace(logical_axes=axes[1:])
+
+    for index in range(count):
+        is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+        yield nnx.merge(
+            graphdef, jax.tree.map(lambda v, i=index: one(v, i), state, is_leaf=is_variable)
+        )
+
+
+def _cast_to(dtype: str):
+    def cast(path, leaf):
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        scale = jax.tree_util.keystr(path[-2:]).find("_scale") >= 0
+        return leaf.astype(dtype) if floating and not scale else leaf
+
+    return cast
+
+
+def _to_int8(module: nnx.Module) -> None:
+    """Matrices of a module as integers, beside them `<name>_scale`."""
+    for name, contracted in _CONTRACTED_AXES.items():
+        weight = getattr(module, name, None)
+        if weight is None:
+            continue
+        axes, kernel = weight.get_metadata()["logical_axes"], weight[...].astype(jnp.float32)
+        largest = jnp.abs(kernel).max(tuple(range(contracted)))
+        scale = jnp.where(largest > 0, largest, 1.0) / 127.0
+        integers = jnp.round(kernel / scale).astype(jnp.int8)
+        setattr(module, name, nnx.Param(integers, logical_axes=axes))
+        setattr(module, f"{name}_scale", nnx.Param(scale, logical_axes=axes[contracted:]))
