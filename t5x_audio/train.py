@@ -42,6 +42,7 @@ def run(
     mesh: "MeshShape | None" = None,
     rules: "ShardingRules | None" = None,
     xla_flags: Sequence[str] = (),
+    executable: str | None = None,
 ) -> dict[str, Any]:
     """Trains until `steps`, continuing from the latest checkpoint in the directory.
 
@@ -62,12 +63,13 @@ def run(
       mesh: devices along each mesh axis; default all of them on `data`.
       rules: logical axes to mesh axes.
       xla_flags: names of sets in training/xla_flags.py, for XLA's TPU compiler.
+      executable: the compiled step, a file of `plan --save_executable`; None compiles it here.
 
     Returns:
       model_dir, step, the last train and validation metrics.
 
     Raises:
-      UserError: bad sizes, mesh or data, or a loss that isn't finite.
+      UserError: bad sizes, mesh, data or executable, or a loss that isn't finite.
       KeyboardInterrupt: after a signal, with everything saved.
     """
     # Heavy, and of no use to --help.
@@ -75,6 +77,7 @@ def run(
 
     from t5x_audio.training import (
         checkpoints,
+        executables,
         flops,
         partitioning,
         prefetch,
@@ -111,7 +114,7 @@ def run(
             provenance.write(directory, state)
             launch.save_operative_config(directory)
 
-        count_flops = flops.StepFlops(compiled.step)
+        take_step, count_flops = compiled.step, flops.StepFlops(compiled.step)
 
         def place(batch):
             return partitioning.place_batch(batch, mesh)
@@ -128,8 +131,10 @@ def run(
                 except StopIteration:
                     raise progress.data_ended(directory, step - 1, steps) from None
                 step_flops = count_flops(state, batch, learner.branch(step - 1))
+                if executable is not None and step == start + 1:
+                    take_step = executables.load(executable, compiled.step.lower(state, batch))
                 profile.before(step, state)
-                state, metrics = compiled.step(state, batch)
+                state, metrics = take_step(state, batch)
                 profile.after(step, metrics)
                 unlogged.append(metrics)
                 console.advance(host_batch, step_flops)

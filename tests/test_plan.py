@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from t5x_audio.plan import _shortage
+from t5x_audio.planning.compilation import shortage
 
 MODEL = ["--gin_file=gin/models/toy.gin", "--gin_file=gin/runs/pretrain_stage1.gin"]
 BACKBONE = ["--gin.BACKBONE_HEAD_DIM=128", "--gin.BACKBONE_DTYPE=bfloat16"]
@@ -39,7 +39,7 @@ def test_a_small_pod(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "shortage"),
+    ("text", "said"),
     [
         (
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
@@ -54,8 +54,8 @@ def test_a_small_pod(tmp_path):
         ("RESOURCE_EXHAUSTED: no room\nat all", "no room"),
     ],
 )
-def test_what_does_not_fit_is_told(text, shortage):
-    assert _shortage(text) == shortage
+def test_what_does_not_fit_is_told(text, said):
+    assert shortage(text) == said
 
 
 @pytest.mark.parametrize(

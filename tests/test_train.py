@@ -49,6 +49,39 @@ def uninterrupted(tmp_path_factory):
     return folder / "run", json.loads(out)
 
 
+PLANNED = """
+import sys
+import jax
+import toy_run
+from t5x_audio.training import executables, learner, optimizers, partitioning, program
+mesh = partitioning.MeshShape().make()
+optimizer = optimizers.AdamW(peak_lr=1e-2, total_steps=60, warmup_steps=5)
+toy = learner.GradientLearner(toy_run.MlpConfig(), toy_run.NextToken(), optimizer)
+with jax.set_mesh(mesh):
+    planned = program.TrainProgram(toy, mesh, partitioning.ShardingRules(), seed=0)
+    batch = partitioning.place_batch(next(iter(toy_run.Data(lengths=(4, 4)))), mesh)
+    lowered = planned.step.lower(planned.template, batch)
+    executables.save(sys.argv[1], lowered.compile(), lowered)
+"""
+
+
+def test_a_run_starts_from_a_compiled_step(uninterrupted, tmp_path):
+    folder, _ = uninterrupted
+    env = os.environ | {"PYTHONPATH": f"{HERE}/training{os.pathsep}{HERE.parent}"}
+    command = [sys.executable, "-c", PLANNED, str(tmp_path / "step")]
+    subprocess.run(command, env=env, check=True)
+    flag = f"--gin.train.run.executable={tmp_path / 'step'}"
+    process = start(tmp_path / "run", tmp_path / "cache", flag)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert lines(tmp_path / "run") == lines(folder)
+    # Another model's step is refused before anything is learnt.
+    process = start(tmp_path / "other", tmp_path / "cache", flag, "--gin.STEPS=61")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and "compiled for another program" in err
+    assert not list((tmp_path / "other" / "checkpoints").glob("[0-9]*"))
+
+
 def lines(folder, split="train"):
     return {m["step"]: m["loss"] for m in read_metrics(folder) if m["split"] == split}
 

@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-_CHUNK = 64  # positions whose logits exist at once
+from t5x_audio.objectives.cross_entropy import row_log_probs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def answer_log_probs(model, batch, prefix: str) -> jax.Array:
     """Weighted log-probability of each row's targets: float32[B].
 
     Args:
-      model: with `hidden(tokens, positions, segment_ids)` and `logits(hidden)`.
+      model: with `hidden(tokens, positions, segment_ids)` and `head_kernel`.
       batch: see `MaskedDpo`.
       prefix: of the fields of the batch that are scored.
     """
@@ -63,19 +63,5 @@ def answer_log_probs(model, batch, prefix: str) -> jax.Array:
         for field in ("tokens", "targets", "weights", "segment_ids", "positions")
     )
     hidden, _ = model.hidden(tokens, positions, segment_ids)
-    length = targets.shape[1]
-    count = next(n for n in range(max(1, length // _CHUNK), 0, -1) if length % n == 0)
-
-    def chunks(x):
-        return x.reshape(x.shape[0], count, length // count, *x.shape[2:]).swapaxes(0, 1)
-
-    @jax.checkpoint  # The logits of one chunk are formed again in the backward pass.
-    def score(hidden, targets, weights):
-        log_probs = jax.nn.log_softmax(model.logits(hidden), -1)
-        of_target = jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
-        return jnp.sum(of_target * weights.astype(jnp.float32), -1)
-
-    scores = jax.lax.map(
-        lambda chunk: score(*chunk), tuple(map(chunks, (hidden, targets, weights)))
-    )
-    return scores.sum(0)
+    kernel = model.head_kernel.astype(hidden.dtype)
+    return row_log_probs(hidden, kernel, targets, weights.astype(jnp.float32))

@@ -98,3 +98,38 @@ def _written(module: Module, loop):
         if value.opcode == "dynamic-update-slice":
             found = value.attribute("metadata") or body.instructions[operand].attribute("metadata")
             yield found or "", size
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderMemory:
+    """Bytes on one device of a decoder.
+
+    Attributes:
+      weights: of the model, as they are kept.
+      cache: of all layers, with the logits between two tokens.
+      prompt_temporaries, token_temporaries: all else that lives while one or the other runs.
+      code: of both programs.
+      total: at the peak of the one that needs more.
+    """
+
+    weights: int
+    cache: int
+    prompt_temporaries: int
+    token_temporaries: int
+    code: int
+    total: int
+
+
+def of_decoder(weights, prefill, decode) -> DecoderMemory:
+    """The memory of a decoder.
+
+    Args:
+      weights: ShapeDtypeStructs with shardings.
+      prefill, decode: the compiled programs.
+    """
+    prompt, token = prefill.memory_analysis(), decode.memory_analysis()
+    kept, code = local_bytes(weights), prompt.generated_code_size_in_bytes
+    code += token.generated_code_size_in_bytes
+    cache = prompt.output_size_in_bytes
+    temporaries = prompt.temp_size_in_bytes, token.temp_size_in_bytes
+    return DecoderMemory(kept, cache, *temporaries, code, kept + cache + max(temporaries) + code)

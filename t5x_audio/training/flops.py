@@ -20,7 +20,8 @@ def count_flops(function, *args, **kwargs) -> int:
       function: any traceable function.
       *args, **kwargs: its arguments, or ShapeDtypeStructs in their place.
 
-    A `while` loop, whose length is unknown, is counted once; of a `cond` the dearest branch counts.
+    All devices of a mesh are counted. A `while` loop, whose length is unknown, is counted once; of
+    a `cond` the dearest branch counts.
     What a Pallas kernel does is not seen.
     """
     return _jaxpr_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr, None)
@@ -62,7 +63,9 @@ def _equation_flops(equation, branch: int | None) -> int:
     if name == "cond":
         costs = [_jaxpr_flops(one.jaxpr, branch) for one in params["branches"]]
         return max(costs) if branch is None else costs[branch]
-    return sum(_jaxpr_flops(inner, branch) for inner in _inner_jaxprs(params))
+    inside = sum(_jaxpr_flops(inner, branch) for inner in _inner_jaxprs(params))
+    # Its shapes are those of one device's share.
+    return params["mesh"].size * inside if name == "shard_map" else inside
 
 
 def _dot_flops(equation) -> int:

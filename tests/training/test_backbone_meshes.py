@@ -1,4 +1,4 @@
-"""The backbone under its objective gives the same loss and gradients on every mesh."""
+"""The backbone under its objectives gives the same loss and gradients on every mesh."""
 
 import dataclasses
 import math
@@ -6,10 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from t5x_audio.backbone.transformer import TransformerConfig
 from t5x_audio.objectives.language_modeling import LanguageModeling
+from t5x_audio.objectives.preference import MaskedDpo
 from t5x_audio.training import partitioning
 from t5x_audio.training.partitioning import MeshShape, ShardingRules
 
@@ -51,13 +53,25 @@ def batch():
     }
 
 
-def loss_and_gradients(shape, rules, devices=None):
+def language_modeling(model, batch):
+    return LanguageModeling(z_loss=1e-2)(model, batch, jax.random.key(0), train=True)
+
+
+def preference(model, batch):
+    """Of every row over the row behind it, by a model over itself with half of its weights."""
+    graphdef, state = nnx.split(model)
+    reference = nnx.merge(graphdef, jax.tree.map(lambda x: jax.lax.stop_gradient(0.5 * x), state))
+    pairs = {f"chosen_{name}": x for name, x in batch.items()}
+    pairs |= {f"rejected_{name}": jnp.roll(x, 1, 0) for name, x in batch.items()}
+    return MaskedDpo()(model, reference, pairs, None, train=True)
+
+
+def loss_and_gradients(objective, shape, rules, devices=None):
     mesh = shape.make(devices)
     graphdef, params = nnx.split(CONFIG.make(nnx.Rngs(0)))
-    objective = LanguageModeling(z_loss=1e-2)
 
     def loss(params, batch):
-        return objective(nnx.merge(graphdef, params), batch, jax.random.key(0), train=True)
+        return objective(nnx.merge(graphdef, params), batch)
 
     shardings = rules.shardings(params, mesh)
     run = jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=(None, shardings))
@@ -71,16 +85,25 @@ def loss_and_gradients(shape, rules, devices=None):
     return jax.device_get((value, metrics, gradients))
 
 
-def run_on_8_devices():
-    want = loss_and_gradients(MeshShape(data=1), ShardingRules(), jax.devices()[:1])
-    assert jnp.isfinite(want[0]) and want[0] > 1
+def check_meshes(objective):
+    want = loss_and_gradients(objective, MeshShape(data=1), ShardingRules(), jax.devices()[:1])
+    assert jnp.isfinite(want[0]) and want[0] > 0.1
     largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(want[2]))
     for name, (shape, rules) in MESHES.items():
         used = math.prod(dataclasses.astuple(shape)[:5])
-        got = loss_and_gradients(shape, rules, jax.devices()[:used])
+        got = loss_and_gradients(objective, shape, rules, jax.devices()[:used])
         for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * largest, err_msg=name)
 
 
-def test_every_mesh_agrees_with_one_device(on_devices):
-    on_devices(8, "run_on_8_devices")
+def language_modeling_on_8_devices():
+    check_meshes(language_modeling)
+
+
+def preference_on_8_devices():
+    check_meshes(preference)
+
+
+@pytest.mark.parametrize("objective", ["language_modeling", "preference"])
+def test_every_mesh_agrees_with_one_device(on_devices, objective):
+    on_devices(8, f"{objective}_on_8_devices")

@@ -81,3 +81,14 @@ def test_a_step_is_counted_once_a_shape_and_traced_once():
         assert count(state, batch) == 2 * 3 * 5 * columns
         step(state, batch)
     assert traced == [(5, 7), (5, 2)]
+
+
+def run_on_4_devices():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    product = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(spec, None), out_specs=spec)
+    assert count_flops(product, jnp.ones((8, 5)), jnp.ones((5, 7))) == 2 * 8 * 5 * 7
+
+
+def test_all_devices_count(on_devices):
+    on_devices(4, "run_on_4_devices")
