@@ -77,22 +77,19 @@ def run(
     devices = topologies.devices(topology, slices)
     chip = chips.chip(topology.partition(":")[0])
 
-    import jax
-
     from t5x_audio.planning import report
     from t5x_audio.training import partitioning
 
     made = (mesh or partitioning.MeshShape()).make(devices)
     rules = rules or partitioning.ShardingRules()
     pod = report.Pod(topology, chip, made)
-    with jax.set_mesh(made):
-        if context is not None:
-            from t5x_audio.planning.serving import Load
+    if context is not None:
+        from t5x_audio.planning.serving import Load
 
-            load = Load(batch, prompt or context // 4, context, weights)
-            return _plan_decoder(pod, learner.model, rules, load, dump_hlo)
-        shapes = batch_shapes()
-        return _plan_step(pod, learner, rules, seed, shapes, steps, dump_hlo, save_executable)
+        load = Load(batch, prompt or context // 4, context, weights)
+        return _plan_decoder(pod, learner.model, rules, load, dump_hlo)
+    shapes = batch_shapes()
+    return _plan_step(pod, learner, rules, seed, shapes, steps, dump_hlo, save_executable)
 
 
 def _compiling(topology: str) -> None:
@@ -114,8 +111,9 @@ def _plan_step(pod, learner, rules, seed, shapes, steps, dump_hlo, save_executab
     }
     _compiling(pod.topology)
     started = time.monotonic()
-    lowered = planned.step.lower(planned.template, batch)
-    compiled = compilation.compile_for(pod.topology, lowered)
+    with jax.set_mesh(pod.mesh):
+        lowered = planned.step.lower(planned.template, batch)
+        compiled = compilation.compile_for(pod.topology, lowered)
     if save_executable is not None:
         executables.save(save_executable, compiled, lowered)
     module, times = pod.modelled(compiled, dump_hlo)
@@ -128,15 +126,17 @@ def _plan_step(pod, learner, rules, seed, shapes, steps, dump_hlo, save_executab
 
 
 def _plan_decoder(pod, config, rules, load, dump_hlo):
+    import jax
+
     from t5x_audio.planning import compilation, memory, report, serving
 
     program = serving.ServingProgram(config, pod.mesh, rules, load)
     _compiling(pod.topology)
     started = time.monotonic()
-    prefill = compilation.compile_for(pod.topology, program.prefill(), "a prompt")
-    decode = compilation.compile_for(
-        pod.topology, program.decode(prefill.output_shardings), "a token"
-    )
+    with jax.set_mesh(pod.mesh):
+        prefill = compilation.compile_for(pod.topology, program.prefill(), "a prompt")
+        token = program.decode(prefill.output_shardings)
+        decode = compilation.compile_for(pod.topology, token, "a token")
     prompt_times = pod.modelled(prefill)[1]
     token_times = pod.modelled(decode, dump_hlo)[1]
     needs = memory.of_decoder(program.weights, prefill, decode)

@@ -6,8 +6,9 @@ Choices:
   padding: shapes depend on the bucket, the batch and the block alone, so few programs are compiled.
 - The weights are prepared once, when a Decoder is made (decoding_weights.py). The cache is donated
   from block to block, never copied.
-- On a mesh (`jax.set_mesh`, weights placed as a training run places them) rows and groups of heads
-  of the cache lie on the devices that work on them.
+- On a mesh (`jax.set_mesh`, weights placed as a training run places them) every weight stays where
+  it is stored and the tokens of a step travel: rows lie over `data` alone, groups of heads and
+  their cache over `tensor`.
 - A grammar is three tables (see `sequences.grammar`): what a state allows is a mask on the logits.
 
 Sampling as released with Step-Audio: temperature 0.7 and top p 0.9 (stepaudio.py); for speech also
@@ -27,7 +28,7 @@ import numpy as np
 from flax import nnx
 
 from t5x_audio.backbone import decoding_weights
-from t5x_audio.backbone.mesh import BATCH_AXES, constrain
+from t5x_audio.backbone.mesh import STREAM_AXES, constrain
 from t5x_audio.backbone.transformer import KVCache, Transformer
 from t5x_audio.errors import UserError
 
@@ -167,7 +168,7 @@ def prefill(graphdef, weights, tokens, lengths, steps):
     """-> (cache with room for `steps` more, logits of the first new token, its position)."""
     model = nnx.merge(graphdef, weights)
     batch, width = tokens.shape
-    tokens, lengths = constrain(tokens, BATCH_AXES), constrain(lengths, BATCH_AXES)
+    tokens, lengths = constrain(tokens, STREAM_AXES), constrain(lengths, STREAM_AXES)
     segment_ids = (jnp.arange(width) < lengths[:, None]).astype(jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
     cache = model.init_cache(batch, width + steps)

@@ -2,7 +2,9 @@
 
 Every token reads every weight once, so a decoder of few streams is as fast as its weights are
 small. Choices:
-- Layers are taken apart: slicing their stack would copy every weight for every token.
+- Layers are taken apart where a CPU decodes: slicing their stack would copy every weight for every
+  token. A pod keeps the stack: its compiler takes a minute for it and an hour for the layers.
+- Weights become matrices: a slice of a stack can then be read where it lies, by the product itself.
 - `int8` keeps matrices in 8 bits with a float32 scale for each output (weight-only, symmetric,
   round to nearest; LLM.int8, arXiv 2208.07339, section 2.1, without its outliers). The product is
   formed with the integers in the type of the computation and scaled behind it. Embedding, norms and
@@ -17,16 +19,15 @@ from t5x_audio.backbone.transformer import Layer, Transformer
 from t5x_audio.errors import UserError
 
 KINDS = ("float32", "bfloat16", "int8")
-_CONTRACTED_AXES = {
-    "query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1, "head": 1,
-}  # fmt: skip
+_MATRICES = ("query", "key", "value", "out", "gate", "up", "down", "head")
 
 
-def prepare(model: Transformer, kind: str | None = None) -> Transformer:
+def prepare(model: Transformer, kind: str | None = None, unstack: bool = True) -> Transformer:
     """A copy of `model` for decoding.
 
     Args:
       model: with its layers stacked or not.
+      unstack: whether to take the layers apart.
       kind: of KINDS, the type of the weights; None leaves it. What is not int8 under `int8` takes
         the model's own type of computation.
 
@@ -36,10 +37,12 @@ def prepare(model: Transformer, kind: str | None = None) -> Transformer:
     if kind is not None and kind not in KINDS:
         raise UserError(f"weights={kind!r}: use one of {', '.join(KINDS)}")
     model = nnx.merge(*nnx.split(model))
-    if isinstance(model.layers, Layer):
+    if unstack and isinstance(model.layers, Layer):
         model.layers = nnx.List(_unstacked(model.layers, model.config.num_layers))
-    if kind == "int8":
-        for module in (model, *model.layers):
+    layers = (model.layers,) if isinstance(model.layers, Layer) else model.layers
+    for module in (model, *layers):
+        _flatten(module)
+        if kind == "int8":
             _to_int8(module)
     if kind is not None:
         graphdef, state = nnx.split(model)
@@ -73,15 +76,30 @@ def _cast_to(dtype: str):
     return cast
 
 
+def _flatten(module: nnx.Module) -> None:
+    """Heads and their dimensions as one axis; [..., inputs, outputs]."""
+    for name in ("query", "key", "value", "out"):
+        weight = getattr(module, name, None)
+        axes = () if weight is None else weight.get_metadata()["logical_axes"]
+        if "head_dim" not in axes:
+            continue
+        at = axes.index("head_dim")
+        shape = weight[...].shape
+        joined = (*shape[: at - 1], shape[at - 1] * shape[at], *shape[at + 1 :])
+        axes = axes[:at] + axes[at + 1 :]
+        setattr(module, name, nnx.Param(weight[...].reshape(joined), logical_axes=axes))
+
+
 def _to_int8(module: nnx.Module) -> None:
     """Matrices of a module as integers, beside them `<name>_scale`."""
-    for name, contracted in _CONTRACTED_AXES.items():
+    for name in _MATRICES:
         weight = getattr(module, name, None)
         if weight is None:
             continue
         axes, kernel = weight.get_metadata()["logical_axes"], weight[...].astype(jnp.float32)
-        largest = jnp.abs(kernel).max(tuple(range(contracted)))
+        largest = jnp.abs(kernel).max(-2)
         scale = jnp.where(largest > 0, largest, 1.0) / 127.0
-        integers = jnp.round(kernel / scale).astype(jnp.int8)
+        integers = jnp.round(kernel / scale[..., None, :]).astype(jnp.int8)
         setattr(module, name, nnx.Param(integers, logical_axes=axes))
-        setattr(module, f"{name}_scale", nnx.Param(scale, logical_axes=axes[contracted:]))
+        scale_axes = axes[:-2] + axes[-1:]
+        setattr(module, f"{name}_scale", nnx.Param(scale, logical_axes=scale_axes))

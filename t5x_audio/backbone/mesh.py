@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("replica", "data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("replica", "data", "fsdp")
+STREAM_AXES = ("replica", "data")  # of a decoder: over `fsdp` its weights stay in parts
 FSDP_AXIS = "fsdp"
 HEAD_AXIS = "tensor"
 SEQUENCE_AXIS = "sequence"

@@ -37,6 +37,7 @@ from t5x_audio.backbone.mesh import (
     FSDP_AXIS,
     HEAD_AXIS,
     SEQUENCE_AXIS,
+    STREAM_AXES,
     constrain,
 )
 from t5x_audio.backbone.rope import Llama3Scaling
@@ -151,6 +152,18 @@ def _param(rngs, shape, axes, std):
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), logical_axes=axes)
 
 
+def _laid_out(x, cache):
+    """The residual stream [B, S, embed] over the mesh, between two layers."""
+    return constrain(x, BATCH_AXES, SEQUENCE_AXIS) if cache is None else constrain(x, STREAM_AXES)
+
+
+def _written(cache, new, index, slot):
+    """The cache [B, K, T, D], or layer `index` of a stack of them, with `new` from a slot on."""
+    if index is None:
+        return jax.lax.dynamic_update_slice(cache, new, (0, 0, slot, 0))
+    return jax.lax.dynamic_update_slice(cache, new[None], (index, 0, 0, slot, 0))
+
+
 def _scaled(product, module, name: str):
     """`product` times the scales of the outputs, where the weight is int8 (decoding_weights.py)."""
     scale = getattr(module, f"{name}_scale", None)
@@ -214,7 +227,8 @@ class Layer(nnx.Module):
           x: [B, S, embed].
           place: (positions, segment ids) int32[B, S] of the tokens.
           rotation: of `rope.rotation` at the positions; None with ALiBi.
-          cache: None, or (keys, values, first slot, (positions, segment ids) of all slots).
+          cache: None, or (keys, values, index, first slot, (positions, segment ids) of all slots):
+            of this layer with index None, or of all layers and which one this is.
 
         Returns:
           ([B, S, embed], updated (keys, values) or None).
@@ -256,10 +270,12 @@ class Layer(nnx.Module):
         query = query.reshape(batch, config.num_kv_heads, -1, length, config.head_dim)
         kept, key_place = None, place
         if cache is not None:
-            keys, values, slot, key_place = cache
-            key = jax.lax.dynamic_update_slice(keys, key, (0, 0, slot, 0))
-            value = jax.lax.dynamic_update_slice(values, value, (0, 0, slot, 0))
-            kept = (key, value)
+            keys, values, index, slot, key_place = cache
+            kept = _written(keys, key, index, slot), _written(values, value, index, slot)
+            key, value = (
+                array if index is None else jax.lax.dynamic_index_in_dim(array, index, 0, False)
+                for array in kept
+            )
         mixed = attention(
             query,
             key,
@@ -332,7 +348,7 @@ class Transformer(nnx.Module):
             balance = context_parallel.balance
             tokens, positions, segment_ids = map(balance, (tokens, positions, segment_ids))
         x = self.embedding[...][tokens].astype(jnp.dtype(self.config.dtype))
-        x = constrain(x, BATCH_AXES, SEQUENCE_AXIS)
+        x = _laid_out(x, cache)
         if cache is not None:
             cache = cache.replace(
                 positions=jax.lax.dynamic_update_slice(cache.positions, positions, (0, start)),
@@ -354,20 +370,22 @@ class Transformer(nnx.Module):
         return self.final_norm(x), cache
 
     def _scan(self, x, place, turned, start, cache):
-        """All layers by one compiled body over their stack."""
+        """All layers by one compiled body over their stack; the cache is written in place."""
         graphdef, state = nnx.split(self.layers)
 
-        def body(x, inputs):
-            state, kept = inputs
+        def body(carry, inputs):
+            x, kept = carry
+            state, index = inputs
             if kept is not None:
-                kept = (*kept, start, (cache.positions, cache.segment_ids))
+                kept = (*kept, index, start, (cache.positions, cache.segment_ids))
             x, kept = nnx.merge(graphdef, state)(x, place, turned, kept)
-            return constrain(x, BATCH_AXES, SEQUENCE_AXIS), kept
+            return (_laid_out(x, cache), kept), None
 
         if cache is None:
             body = remat.remat(body, self.config.remat)
         kept = None if cache is None else (cache.keys, cache.values)
-        x, kept = jax.lax.scan(body, x, (state, kept), unroll=self.config.scan_unroll)
+        inputs = (state, jnp.arange(self.config.num_layers))
+        (x, kept), _ = jax.lax.scan(body, (x, kept), inputs, unroll=self.config.scan_unroll)
         return x, cache if cache is None else cache.replace(keys=kept[0], values=kept[1])
 
     def _loop(self, x, place, turned, start, cache):
@@ -377,7 +395,7 @@ class Transformer(nnx.Module):
             kept = None
             if cache is not None:
                 slots = (cache.positions, cache.segment_ids)
-                kept = (cache.keys[i], cache.values[i], start, slots)
+                kept = (cache.keys[i], cache.values[i], None, start, slots)
             x, kept = layer(x, place, turned, kept)
             if kept is not None:
                 keys.append(kept[0])
@@ -391,11 +409,11 @@ class Transformer(nnx.Module):
 
         def empty(*stack):
             zeros = jnp.zeros((*stack, *shape), config.dtype)
-            return constrain(zeros, *(None for _ in stack), BATCH_AXES, HEAD_AXIS)
+            return constrain(zeros, *(None for _ in stack), STREAM_AXES, HEAD_AXIS)
 
         if isinstance(self.layers, Layer):
             kept = [empty(config.num_layers) for _ in range(2)]
         else:
             kept = [tuple(empty() for _ in range(config.num_layers)) for _ in range(2)]
-        places = [constrain(jnp.zeros((batch, max_len), jnp.int32), BATCH_AXES) for _ in range(2)]
+        places = [constrain(jnp.zeros((batch, max_len), jnp.int32), STREAM_AXES) for _ in range(2)]
         return KVCache(*kept, *places, jnp.zeros((), jnp.int32))

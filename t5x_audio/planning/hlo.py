@@ -6,6 +6,7 @@ counts, and the operations of matrix products hidden in fusions. On TPU a matrix
 convolution whose padding and dilation may multiply zeros; only products within the operand count.
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -113,6 +114,18 @@ class Computation:
         """Its parameters by number."""
         found = [i for i in self.instructions.values() if i.opcode == "parameter"]
         return sorted(found, key=lambda i: int(i.literal))
+
+    def users(self, name: str) -> list[tuple[Instruction, int]]:
+        """(instruction, place among its operands) of every use of a value."""
+        return self._users[name]
+
+    @functools.cached_property
+    def _users(self) -> dict[str, list[tuple[Instruction, int]]]:
+        users = collections.defaultdict(list)
+        for user in self.instructions.values():
+            for place, name in enumerate(user.operands):
+                users[name].append((user, place))
+        return users
 
 
 class Module:

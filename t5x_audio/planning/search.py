@@ -103,7 +103,7 @@ def _table(names: Sequence[str], ranked) -> list[str]:
         if "error" in report:
             lines.append("| " + " | ".join([*cells, report["error"], "no", "", "", ""]) + " |")
             continue
-        seconds = report.get("step_seconds_hybrid", report.get("token_seconds_hybrid"))
+        seconds = report.get("step_seconds_hybrid", report.get("token_seconds_roofline"))
         mfu = f"{report['mfu_hybrid']:.3f}" if "mfu_hybrid" in report else ""
         cells += [
             f"{report['total_bytes'] / 2**30:.2f}", "yes" if report["fits"] else "no",

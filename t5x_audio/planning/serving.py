@@ -61,7 +61,7 @@ class ServingProgram:
     def __init__(self, config: TransformerConfig, mesh: Mesh, rules: ShardingRules, load: Load):
         """UserError where sizes do not divide over the mesh. Use under `jax.set_mesh(mesh)`."""
         model = nnx.eval_shape(
-            lambda: decoding_weights.prepare(config.make(nnx.Rngs(0)), load.weights)
+            lambda: decoding_weights.prepare(config.make(nnx.Rngs(0)), load.weights, unstack=False)
         )
         self._graphdef, state = nnx.split(model)
         self._whole, self._load = NamedSharding(mesh, P()), load

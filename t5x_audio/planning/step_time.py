@@ -256,28 +256,35 @@ def hbm_traffic(module: Module, instruction: Instruction, computation: Computati
     if instruction.opcode != "fusion":
         return instruction.hbm_bytes + sum(operand.hbm_bytes for operand in operands)
     inside = module.computations[instruction.called("calls")]
-    users = collections.defaultdict(list)
-    for user in inside.instructions.values():
-        for place, name in enumerate(user.operands):
-            users[name].append((user, place))
     total, updated = 0, 0
     for operand, parameter in zip(operands, inside.parameters, strict=False):
         if operand.hbm_bytes:
-            total += _read(users[parameter.name], operand.hbm_bytes, inside)
-            updated += _updated(users[parameter.name], operand.hbm_bytes)
+            total += _read(module, inside, parameter.name, operand.hbm_bytes)
+            updated += _updated(inside, parameter.name, operand.hbm_bytes)
     return total + max(0, instruction.hbm_bytes - updated)
 
 
-def _read(users, whole: int, inside: Computation) -> int:
-    if users and all(user.opcode == "dynamic-slice" for user, _ in users):
-        return sum(user.result_bytes for user, _ in users)
-    if users and all(_in_place(user, place) for user, place in users):
-        return sum(2 * inside.instructions[user.operands[1]].result_bytes for user, _ in users)
-    return whole
+def _read(module: Module, inside: Computation, name: str, whole: int) -> int:
+    """Bytes read of a value of `whole` bytes by its users, also inside of nested fusions."""
+    total = 0
+    for user, place in inside.users(name):
+        if user.opcode == "dynamic-slice":
+            total += user.result_bytes
+        elif _in_place(user, place):
+            total += 2 * inside.instructions[user.operands[1]].result_bytes
+        elif user.opcode == "bitcast":
+            total += _read(module, inside, user.name, whole)
+        elif user.opcode == "fusion":
+            nested = module.computations[user.called("calls")]
+            total += _read(module, nested, nested.parameters[place].name, whole)
+        else:
+            return whole
+    return min(total, whole) or whole
 
 
-def _updated(users, whole: int) -> int:
+def _updated(inside: Computation, name: str, whole: int) -> int:
     """Bytes of a result that is the operand but for its update."""
+    users = inside.users(name)
     return whole if users and all(_in_place(user, place) for user, place in users) else 0
 
 
