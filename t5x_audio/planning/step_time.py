@@ -272,7 +272,7 @@ def _read(module: Module, inside: Computation, name: str, whole: int) -> int:
             total += user.result_bytes
         elif _in_place(user, place):
             total += 2 * inside.instructions[user.operands[1]].result_bytes
-        elif user.opcode == "bitcast":
+        elif user.opcode == "bitcast" or "output_to_operand_aliasing" in user.attributes:
             total += _read(module, inside, user.name, whole)
         elif user.opcode == "fusion":
             nested = module.computations[user.called("calls")]

@@ -15,6 +15,7 @@ import math
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -56,12 +57,14 @@ class MeshShape:
             raise UserError(
                 f"mesh {_describe(sizes)} needs {product} devices but there are {len(devices)}"
             )
-        return jax.make_mesh(
-            tuple(sizes.values()),
-            tuple(sizes),
-            axis_types=(AxisType.Auto,) * len(sizes),
-            devices=devices,
-        )
+        types = (AxisType.Auto,) * len(sizes)
+        try:
+            return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
+        except NotImplementedError:  # An axis that is no product of whole sides of the torus.
+            arranged = mesh_utils.create_device_mesh(
+                tuple(sizes.values()), devices, allow_split_physical_axes=True
+            )
+            return Mesh(arranged, tuple(sizes), axis_types=types)
 
 
 def _describe(sizes) -> str:
