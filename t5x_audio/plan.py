@@ -4,8 +4,8 @@ r"""Plans a training run or a decoder on a TPU pod without a pod: memory, time a
         --gin_file=gin/runs/pretrain_stage1.gin --gin_file=gin/hardware/v5p.gin
 
 Takes the gin files of `train` and compiles the very step that it runs, with XLA's TPU compiler
-(`make pods`) and no device. With --context it compiles what a decoder of that model runs instead: a
-prompt and one more token. Memory and operations are the compiler's; times are modelled (see
+(`make pods`) and no device. With --context it compiles what a decoder of that model runs instead:
+prompts and a block of new tokens. Memory and operations are the compiler's; times are modelled (see
 t5x_audio/planning/step_time.py) and never measured. MFU counts 6 operations for each token and
 parameter but the input embedding's, and none for attention.
 
@@ -135,15 +135,15 @@ def _plan_decoder(pod, config, rules, load, dump_hlo):
     started = time.monotonic()
     with jax.set_mesh(pod.mesh):
         prefill = compilation.compile_for(pod.topology, program.prefill(), "a prompt")
-        token = program.decode(prefill.output_shardings)
-        decode = compilation.compile_for(pod.topology, token, "a token")
+        block = program.decode(prefill.output_shardings)
+        decode = compilation.compile_for(pod.topology, block, "a token")
     prompt_times = pod.modelled(prefill)[1]
-    token_times = pod.modelled(decode, dump_hlo)[1]
+    block_times = pod.modelled(decode, dump_hlo)[1]
     needs = memory.of_decoder(program.weights, prefill, decode)
     said = pod.described(round(time.monotonic() - started, 1), needs.total)
     said |= {"memory": dataclasses.asdict(needs)} | dataclasses.asdict(load)
-    said |= report.decoding_speed(prompt_times, token_times, needs, pod, load)
-    print("\n".join(report.decoding_table(said, prompt_times, token_times)), flush=True)
+    said |= report.decoding_speed(prompt_times, block_times, needs, pod, load)
+    print("\n".join(report.decoding_table(said, prompt_times, block_times)), flush=True)
     return report.flat(said)
 
 

@@ -119,7 +119,7 @@ class Decoder:
         state = begin(cache, logits, position, sampling, grammar, seed)
         left = max_new_tokens
         while left > 0:
-            state, produced, count = _decode(
+            state, produced, count = decode_block(
                 self._graphdef, self._weights, state, tables, sampling, self._stop_ids, block
             )
             produced = np.asarray(produced)[:, : min(int(count), left)]
@@ -193,7 +193,7 @@ def begin(
     )
 
 
-def next_token(graphdef, weights, state: DecodingState, tables, sampling, stop_ids):
+def _next_token(graphdef, weights, state: DecodingState, tables, sampling, stop_ids):
     """-> (state after one more token, int32[B] that token, PADDING where a row has finished)."""
     model = nnx.merge(graphdef, weights)
     rng, draw = jax.random.split(state.rng)
@@ -217,7 +217,7 @@ def next_token(graphdef, weights, state: DecodingState, tables, sampling, stop_i
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6), donate_argnums=2)
-def _decode(graphdef, weights, state, tables, sampling, stop_ids, block):
+def decode_block(graphdef, weights, state, tables, sampling, stop_ids, block):
     """-> (state after up to `block` tokens, int32[B, block], how many)."""
 
     def more(carry):
@@ -226,7 +226,7 @@ def _decode(graphdef, weights, state, tables, sampling, stop_ids, block):
 
     def step(carry):
         state, produced, index = carry
-        state, token = next_token(graphdef, weights, state, tables, sampling, stop_ids)
+        state, token = _next_token(graphdef, weights, state, tables, sampling, stop_ids)
         return state, produced.at[:, index].set(token), index + 1
 
     produced = jnp.full((state.logits.shape[0], block), PADDING, jnp.int32)

@@ -184,21 +184,25 @@ class Module:
     def trip_count(self, loop: Instruction) -> int:
         """How often the body of a while runs: from a start of 0 by its step to the limit.
 
-        1 for a loop whose condition is no comparison with a constant. XLA unrolls some loops and
-        leaves the limit: hence the step of the induction variable is read from the body.
+        1 for a loop whose condition is no comparison with a constant; where there is another
+        condition beside it, the most. XLA unrolls some loops and leaves the limit: hence the step
+        of the induction variable is read from the body.
         """
         condition = self.computations[loop.called("condition")]
-        test, limit, index = condition.root, None, None
-        if test.opcode == "fusion":
-            condition = self.computations[test.called("calls")]
-            test = condition.root
-        for name in test.operands:
+        if condition.root.opcode == "fusion":
+            condition = self.computations[condition.root.called("calls")]
+        root = condition.root
+        names = root.operands if root.opcode == "and" else (root.name,)
+        tests = [condition.instructions[name] for name in names]
+        test = next((test for test in tests if test.opcode == "compare"), None)
+        limit, index = None, None
+        for name in test.operands if test else ():
             operand = condition.instructions[name]
             if operand.opcode == "constant" and re.fullmatch(r"-?\d+", operand.literal):
                 limit = int(operand.literal)
             elif operand.opcode == "get-tuple-element":
                 index = int(operand.attribute("index"))
-        if test.opcode != "compare" or limit is None or index is None:
+        if limit is None or index is None:
             return 1
         step = self._step(self.computations[loop.called("body")], index)
         return max(1, -(-limit // step))

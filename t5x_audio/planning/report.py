@@ -84,7 +84,7 @@ def training_speed(times, template, batch, pod: Pod, steps: int | None) -> dict[
 
 
 def decoding_speed(
-    prompt_times, token_times, needs: DecoderMemory, pod: Pod, load: serving.Load
+    prompt_times, block_times, needs: DecoderMemory, pod: Pod, load: serving.Load
 ) -> dict[str, Any]:
     """Modelled rates of a decoder; beside them what reading weights and cache alone would take.
 
@@ -92,9 +92,9 @@ def decoding_speed(
     matrix products overrate by half.
     """
     speed: dict[str, Any] = {}
-    for model in token_times:
+    for model in block_times:
         speed[f"prompt_seconds_{model}"] = prompt_times[model].seconds
-        speed[f"token_seconds_{model}"] = token_times[model].seconds
+        speed[f"token_seconds_{model}"] = block_times[model].seconds / serving.BLOCK
     bandwidth = pod.chip.hbm_bandwidth / pod.chip.devices
     speed["token_seconds_bytes"] = (needs.weights + needs.cache) / bandwidth
     per_stream = 1 / speed["token_seconds_roofline"]
@@ -122,8 +122,8 @@ def training_table(report: dict[str, Any], times) -> list[str]:
     ]
 
 
-def decoding_table(report: dict[str, Any], prompt_times, token_times) -> list[str]:
-    """Memory; collectives and times of a token; times of a prompt; rates."""
+def decoding_table(report: dict[str, Any], prompt_times, block_times) -> list[str]:
+    """Memory; collectives and times of a block of tokens; times of the prompts; rates."""
     verdict = "real time" if report["real_time"] else "NOT real time"
     return [
         *_heading(report),
@@ -131,8 +131,8 @@ def decoding_table(report: dict[str, Any], prompt_times, token_times) -> list[st
         f"{report['context']}, weights in {report['weights']}",
         "",
         *_memory_table(report),
-        *_collectives_table(token_times["hybrid"]),
-        *_times_table("a token, modelled", token_times),
+        *_collectives_table(block_times["hybrid"]),
+        *_times_table(f"{serving.BLOCK} tokens, modelled", block_times),
         "",
         *_times_table("the prompts, modelled", prompt_times),
         "",

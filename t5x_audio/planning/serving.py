@@ -1,4 +1,4 @@
-"""The programs of a decoder on a pod: a prompt through the model, and one more token.
+"""The programs of a decoder on a pod: prompts through the model, and a block of new tokens.
 
 They are those of backbone/decoding.py, with the sampling released with Step-Audio, the weights as
 decoding_weights.py prepares them and the layout of a training run's rules: a weight stays where it
@@ -19,6 +19,9 @@ from t5x_audio.sequences.layouts import Layouts
 from t5x_audio.tokenizers.dual_codebook import GROUP_SECONDS, GROUP_SIZE
 from t5x_audio.training import partitioning
 from t5x_audio.training.partitioning import ShardingRules
+
+BLOCK = 16
+"""Tokens of a run of `decode`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ class ServingProgram:
         return decoding.prefill.lower(self._graphdef, self.weights, *self._prompts(), self._room)
 
     def decode(self, shardings):
-        """Lowered: one token for every stream, from the state that `prefill` leaves.
+        """Lowered: BLOCK tokens for every stream, from the state that `prefill` leaves.
 
         Args:
           shardings: of what the compiled `prefill` returns.
@@ -85,12 +88,10 @@ class ServingProgram:
         state = jax.eval_shape(lambda *made: decoding.begin(*made, sampling), *made)
         rest = jax.tree.map(lambda leaf: self._whole, state)
         rest = rest.replace(**dict(zip(("cache", "logits", "position"), shardings, strict=True)))
-        step = jax.jit(
-            decoding.next_token, static_argnums=(0, 4, 5), donate_argnums=2,
-            out_shardings=(rest, self._whole),
-        )  # fmt: skip
         state = partitioning.with_shardings(state, rest)
-        return step.lower(self._graphdef, self.weights, state, None, sampling, ())
+        return decoding.decode_block.lower(
+            self._graphdef, self.weights, state, None, sampling, (), BLOCK
+        )
 
     @property
     def _room(self) -> int:
