@@ -13,8 +13,24 @@ import shlex
 import subprocess
 import sys
 
-_130B = ["--gin_file=gin/models/step1_130b.gin", "--gin_file=gin/runs/pretrain_stage1.gin"]
-_V5P = [*_130B, "--topology=v5p:8x8x16", "--gin_file=gin/hardware/v5p.gin", "--gin.RUN_DIR=run"]
+_130B = [
+    "--gin_file=gin/models/step1_130b.gin", "--gin_file=gin/runs/pretrain_stage1.gin",
+    "--gin.RUN_DIR=run",
+]  # fmt: skip
+
+
+def _on(topology: str) -> list[str]:
+    chip = topology.partition(":")[0]
+    return [*_130B, f"--topology={topology}", f"--gin_file=gin/hardware/{chip}.gin"]
+
+
+_V5P = _on("v5p:8x8x16")
+# 256 chips are few for 131 billion parameters: moments in bfloat16, few tokens a chip.
+_TIGHT = ["--gin.optimizers.AdamW.moments_dtype=bfloat16"]
+# One copy of the weights, in two directions over 16 chips.
+_SERVING = ["--gin.DATA=1", "--gin.TENSOR_PARALLELISM=8", "--context=4096", "--batch=2"]
+_SERVING_V5P = [*_on("v5p:2x2x4"), *_SERVING]
+_SERVING_V6E = [*_on("v6e:4x4"), *_SERVING]
 # name -> (what it shows, flags of t5x_audio.plan)
 PLANS = {
     "v5p_130b": ("Step-1 at 130B, 1,024 v5p, 4,096 tokens a chip", _V5P),
@@ -30,16 +46,41 @@ PLANS = {
         "the same as the first, without flags of the compiler",
         [*_V5P, "--gin.train.run.xla_flags=()"],
     ),
-}
+    "v5p_130b_32k": (
+        "the 130B with a context of 32,768 tokens, 1,024 v5p, 4,096 tokens a chip",
+        [
+            *_V5P, "--gin.DATA=1", "--gin.SEQUENCE_PARALLELISM=8", "--gin.SEQUENCES_LENGTH=32768",
+            "--gin.SEQUENCES_BATCH=128",
+        ],
+    ),
+    "v6e_130b": (
+        "the 130B on 256 v6e, 2,048 tokens a chip",
+        [
+            *_on("v6e:16x16"), *_TIGHT, "--gin.SEQUENCES_LENGTH=2048", "--gin.SEQUENCES_BATCH=256",
+        ],
+    ),
+    "v5e_130b": (
+        "the 130B on 256 v5e, 384 tokens a chip",
+        [
+            *_on("v5e:16x16"), *_TIGHT, "--gin.SEQUENCES_LENGTH=1536", "--gin.SEQUENCES_BATCH=64",
+            "--gin.TENSOR_PARALLELISM=4",
+        ],
+    ),
+    "serve_v5p_bfloat16": ("the 130B answers two streams on 16 v5p", _SERVING_V5P),
+    "serve_v5p_int8": ("the same with weights in int8", [*_SERVING_V5P, "--weights=int8"]),
+    "serve_v6e_bfloat16": ("the 130B answers two streams on 16 v6e", _SERVING_V6E),
+    "serve_v6e_int8": ("the same with weights in int8", [*_SERVING_V6E, "--weights=int8"]),
+}  # fmt: skip
 _HEAD = """# Plans for pods
 
-Nothing here was run on a TPU. XLA's TPU compiler compiled the training step of `t5x_audio.train`
-for a pod that is not there; memory, operations and collectives are its own, times are modelled from
-them (t5x_audio/planning/step_time.py says how, and how far such a model was from two published
-runs, none of which had FSDP over a whole slice). Pallas kernels are taken at half of the peak,
-which is a guess; what communication costs the computation beside it is not known. Sums over devices
-are in bfloat16. MFU counts 6 operations for each token and parameter but the input embedding's,
-none for attention.
+Nothing here was run on a TPU. XLA's TPU compiler compiled the training step of `t5x_audio.train`,
+or the programs of a decoder, for a pod that is not there; memory, operations and collectives are
+its own, times are modelled from them (t5x_audio/planning/step_time.py says how, and how far such a
+model was from two published runs, none of which had FSDP over a whole slice). Pallas kernels are
+taken at half of the peak, which is a guess; what communication costs the computation beside it is
+not known. Sums over devices are in bfloat16. MFU counts 6 operations for each token and parameter
+but the input embedding's, none for attention. A decoder is judged by the roofline: its time is that
+of bytes, which the compiler's cycles for thin matrix products overrate by half.
 
 Made by `make pod-plans`.
 """

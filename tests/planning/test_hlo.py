@@ -86,6 +86,16 @@ def test_loops_are_multiplied_by_their_own_step(module):
     assert flops == 6 * 2 * 8 * 16 * 4 + 2 * 3 * 5 * 7
 
 
+def test_a_loop_that_may_end_early_counts_to_its_limit():
+    text = PROGRAM.replace("ROOT %lt = pred[] compare(", "%lt = pred[] compare(")
+    assert text != PROGRAM
+    head, found, tail = text.partition("%lt = pred[] compare(")
+    line, end, rest = tail.partition("\n")
+    more = "  %live = pred[] parameter(1)\n  ROOT %both = pred[] and(%lt, %live)\n"
+    module = hlo.Module(head + found + line + end + more + rest)
+    assert module.trip_count(module.entry.instructions["while.1"]) == 6
+
+
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.Module("nothing of the kind")

@@ -38,6 +38,27 @@ frontend_attributes={chain_id="7"}
   ROOT %updated = f32[8,1024]{1,0} dynamic-update-slice(%u, %sum.1, %i, %i)
 }
 
+%relaid (q: f32[64,1024]) -> f32[64,1024] {
+  %q = f32[64,1024]{1,0} parameter(0)
+  ROOT %same = f32[64,1024]{1,0} copy(%q)
+}
+
+%row_of (l: f32[64,1024], j: s32[]) -> f32[1,1024] {
+  %l = f32[64,1024]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %alias = f32[64,1024]{1,0} fusion(%l), kind=kLoop, \
+output_to_operand_aliasing={{}: (0, {})}, calls=%relaid
+  ROOT %found = f32[1,1024]{1,0} dynamic-slice(%alias, %j, %j)
+}
+
+%nested (m: f32[64,1024], k: s32[]) -> f32[1,1024] {
+  %m = f32[64,1024]{1,0} parameter(0)
+  %k = s32[] parameter(1)
+  %seen = f32[64,1024]{1,0} bitcast(%m)
+  %inner = f32[1,1024]{1,0} fusion(%seen, %k), kind=kLoop, calls=%row_of
+  ROOT %double = f32[1,1024]{1,0} add(%inner, %inner)
+}
+
 %condition (c: (s32[], f32[1024])) -> pred[] {
   %c = (s32[], f32[1024]{0}) parameter(0)
   %limit = s32[] constant(10)
@@ -200,6 +221,7 @@ def test_traffic_counts_slices_and_updates():
         "%s = f32[1,1024]{1,0} dynamic-slice(%all, %zero, %zero)",
         "%d = f32[8,1024]{1,0} dynamic-update-slice(%acc, %row, %zero, %zero)",
         "%vmem = f32[1024]{0:T(1024)S(1)} add(%z, %z)",
+        "%deep = f32[1,1024]{1,0} fusion(%all, %zero), kind=kOutput, calls=%nested",
     )
     entry, row = module.entry, 4096
 
@@ -210,3 +232,5 @@ def test_traffic_counts_slices_and_updates():
     assert traffic("f") == 2 * row + row + row + 4
     assert traffic("s") == traffic("d") == 2 * row
     assert traffic("vmem") == 2 * row
+    # Inside of a fusion in a fusion, behind a bitcast and an alias: still a slice.
+    assert traffic("deep") == row + row + 4
