@@ -9,6 +9,7 @@ import argparse
 import datetime
 import importlib.metadata
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -107,6 +108,25 @@ def plan(name: str, run_dir: pathlib.Path) -> None:
     kept.write_text("\n".join(lines))
 
 
+def summary(sections: list[str]) -> str:
+    """A table with one line for each section: memory, and rates of training or decoding."""
+    rows = [
+        "| plan | GiB of a device | modelled MFU, hybrid (roofline) | tokens/s a stream |",
+        "|---|---|---|---|",
+    ]
+    for section in sections:
+        title = re.search(r"^## (.+)$", section, re.MULTILINE)[1]
+        total, hbm = (
+            re.search(rf"^\| {name}[^|]*\| ([\d.]+) \|$", section, re.MULTILINE)[1]
+            for name in ("total", "HBM:")
+        )
+        mfu = re.search(r"^\| MFU \| ([\d.]+) \| ([\d.]+) \|$", section, re.MULTILINE)
+        rate = re.search(r"^([\d.]+) tokens a second and stream", section, re.MULTILINE)
+        rates = f"{mfu[1]} ({mfu[2]}) | " if mfu else f"| {rate[1]} "
+        rows.append(f"| {title} | {total} of {hbm} | {rates}|")
+    return "\n".join([*rows, ""])
+
+
 def main() -> None:
     """Makes the plans that are asked for and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -121,7 +141,7 @@ def main() -> None:
         plan(name, run_dir)
     finished = [run_dir / f"{name}.md" for name in PLANS]
     sections = [path.read_text() for path in finished if path.exists()]
-    pathlib.Path(flags.output).write_text("\n".join([_HEAD, *sections]))
+    pathlib.Path(flags.output).write_text("\n".join([_HEAD, summary(sections), *sections]))
     print(f"done: {flags.output}")
 
 
