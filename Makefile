@@ -3,8 +3,8 @@
 # make test   the tests
 # make parity comparisons with independent implementations, in an environment of their own
 # make pods   XLA's TPU compiler beside the environment, for t5x_audio.plan
-# make pod-plans  the plans of docs/results/pods.md (several minutes each)
-# make bench  our training step beside the same model in PyTorch
+# make pod-plans  docs/results/pods.md and kernels.md (half an hour)
+# make bench  our training step and decoding beside the same model in PyTorch
 # make lint   formatting, lint rules, room order
 #
 # PYTHON=python3.12 make test   uses another interpreter (3.11 and 3.12 are tested).
@@ -78,10 +78,12 @@ parity: $(PARITY_VENV)/.installed
 	@$(PARITY_VENV)/bin/python -m pytest tests/parity
 
 pod-plans: env pods
+	@$(BIN)/python benchmarks/kernel_schedule.py
 	@$(BIN)/python benchmarks/pod_plans.py
 
 bench: $(PARITY_VENV)/.installed
 	@$(PARITY_VENV)/bin/python benchmarks/lm_step.py
+	@$(PARITY_VENV)/bin/python benchmarks/backbone.py
 
 clean:
 	rm -rf $(VENV) $(VOICE_VENV) $(PARITY_VENV)
