@@ -84,7 +84,8 @@ class Decoder:
     def __init__(self, model: Transformer, stop_ids: Sequence[int], weights: str | None = None):
         """Prepares the weights."""
         self.vocab_size = model.config.vocab_size
-        self._graphdef, self._weights = nnx.split(decoding_weights.prepare(model, weights))
+        prepared = decoding_weights.prepare(model, weights, jax.default_backend() == "cpu")
+        self._graphdef, self._weights = nnx.split(prepared)
         self._stop_ids = tuple(int(i) for i in stop_ids)
 
     def stream(

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from t5x_audio.backbone import decoding
+from t5x_audio.backbone import decoding, decoding_weights
 from t5x_audio.backbone.decoding import Decoder, Sampling
 from t5x_audio.backbone.transformer import TransformerConfig
 from t5x_audio.errors import UserError
+from t5x_audio.training import partitioning
 
 VOCAB, STOP = 40, 3
 GREEDY = Sampling(temperature=0)
@@ -161,3 +162,34 @@ def test_grammar_of_another_vocabulary(decoder):
     grammar.token_class = grammar.token_class[:-1]
     with pytest.raises(UserError, match="vocabulary and model"):
         decoder.generate(PROMPTS, grammar=grammar)
+
+
+def run_on_4_devices():
+    """Rows of a cache whole, groups of heads over `tensor`, weights over `fsdp` too."""
+    config = TransformerConfig(
+        num_layers=2, embed=16, mlp=32, num_heads=4, num_kv_heads=2, head_dim=8,
+        vocab_size=VOCAB, dtype="float32", remat="none", init_std=0.5,
+    )  # fmt: skip
+    model = config.make(nnx.Rngs(0))
+    mesh = partitioning.MeshShape(data=1, fsdp=2, tensor=2).make()
+    graphdef, state = nnx.split(model)
+    shardings = partitioning.ShardingRules().shardings(state, mesh)
+    placed = nnx.merge(graphdef, jax.tree.map(jax.device_put, state, shardings))
+    options = dict(sampling=GREEDY, max_new_tokens=16, block=8)
+    for weights in (None, "int8"):
+        for unstack in (True, False):
+            want = Decoder(model, [STOP], weights).generate(PROMPTS, **options)
+            with jax.set_mesh(mesh):
+                decoder = Decoder(placed, [STOP], weights)
+                kept = nnx.split(decoding_weights.prepare(placed, weights, unstack))
+                decoder._graphdef, decoder._weights = kept
+                got = decoder.generate(PROMPTS, **options)
+                tokens, lengths = decoder._pad(PROMPTS)
+                cache, *_ = decoding.prefill(*kept, tokens, lengths, 8)
+            assert [a.tolist() for a in got] == [a.tolist() for a in want]
+            keys = cache.keys[0] if unstack else cache.keys
+            assert keys.addressable_shards[0].data.shape[-4:-2] == (3, 1)
+
+
+def test_on_a_mesh(on_devices):
+    on_devices(4, "run_on_4_devices")
