@@ -4,9 +4,11 @@
     python -m t5x_audio.convert --from_gguf=SmolLM2-135M.Q4_1.gguf --model_dir=models/smollm2
     python -m t5x_audio.convert --model_dir=models/tts_3b --to_hf=exported
 
-Tensors keep their type (quantised ones become float32) and pass one stack at a time, so memory
-stays far below the model's size. What was imported from Hugging Face and not changed is exported as
-the same files, byte for byte; `--dtype` and other models get files of their own.
+Tensors keep their type (quantised ones become float32) and are read one at a time. What limits the
+size is the checkpoint: Orbax holds up to twice of what it writes, and an export a stack of layers
+with what it was read from (13 and 8 GB for the 7 GB of the 3B: benchmarks/large_import.py). What
+was imported from Hugging Face and not changed is exported as the same files, byte for byte;
+`--dtype` and other models get files of their own.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Models put together array by array, too large to be in memory at once.
+"""Models put together array by array.
 
-Arrays are files in the memory map until all are written; then they become a checkpoint. Whatever
-goes wrong before leaves nothing behind.
+Arrays are files in the memory map until all are written; then they become a checkpoint, for which
+Orbax takes memory of twice their size. Whatever goes wrong before leaves nothing behind.
 """
 
 import contextlib
