@@ -23,6 +23,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from flax import nnx
 
 from benchmarks import lm_step
 from t5x_audio import convert
@@ -61,6 +62,13 @@ def training(flags) -> dict:
     }
 
 
+def _loaded(folder: str):
+    """The imported model, computing in float32 as its peer does."""
+    state = nnx.state(checkpoints.load_model(folder))
+    config = dataclasses.replace(checkpoints.load_config(folder), dtype="float32", remat="none")
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))), state)
+
+
 def decoding(flags, batch: int) -> dict:
     """Tokens a second of both."""
     import torch
@@ -80,7 +88,7 @@ def decoding(flags, batch: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         peer.save_pretrained(f"{folder}/hf")
         convert.run(from_hf=f"{folder}/hf", model_dir=f"{folder}/ours")
-        decoder = Decoder(checkpoints.load_model(f"{folder}/ours"), stop_ids=(), weights="float32")
+        decoder = Decoder(_loaded(f"{folder}/ours"), stop_ids=())
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch, flags.prompt))
 
     def ours():
