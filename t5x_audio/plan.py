@@ -17,9 +17,14 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t5x_audio import launch
+from t5x_audio.errors import UserError
+
+LESS = "keep fewer activations (BACKBONE_REMAT), take fewer sequences a chip"
+FEWER = "serve fewer streams (--batch), a shorter --context, --weights=int8"
 
 if TYPE_CHECKING:
     from t5x_audio.training.learner import Learner
@@ -38,9 +43,9 @@ def run(
     seed: int = 0,
     slices: int = 1,
     context: int | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     prompt: int | None = None,
-    weights: str = "bfloat16",
+    weights: str | None = None,
     search: Sequence[str] | None = None,
     dump_hlo: str | None = None,
     save_executable: str | None = None,
@@ -53,10 +58,10 @@ def run(
       batch_shapes: () -> {field: (shape, type)} of a global batch.
       slices: slices joined by the network of the data centre; the mesh's `replica` axis.
       context: slots of a decoder's cache; None plans training.
-      batch, prompt, weights: of a decoder: streams, tokens of each prompt (default a quarter of the
-        context), 'float32', 'bfloat16' or 'int8'.
+      batch, prompt, weights: of a decoder: streams (default 1), tokens of each prompt (default a
+        quarter of the context), 'float32', 'bfloat16' (the default) or 'int8'.
       search: NAME=VALUE,VALUE of gin macros; every combination is planned and ranked.
-      dump_hlo: file for the optimised HLO, of a decoder that of a token.
+      dump_hlo: file for the optimised HLO, of a decoder that of a block of tokens.
       save_executable: file for the compiled training step, for `train.run.executable`.
 
     Returns:
@@ -65,6 +70,10 @@ def run(
     Raises:
       UserError: no such topology, sizes that do not divide, a program that does not fit.
     """
+    decoder = {"batch": batch, "prompt": prompt, "weights": weights}
+    decoder = {name: value for name, value in decoder.items() if value is not None}
+    files = {"dump_hlo": dump_hlo, "save_executable": save_executable}
+    _refuse_unused(context, decoder, files, search is not None)
     if search is not None:
         from t5x_audio.planning import search as searching
 
@@ -86,10 +95,25 @@ def run(
     if context is not None:
         from t5x_audio.planning.serving import Load
 
-        load = Load(batch, prompt or context // 4, context, weights)
+        load = Load(**{"prompt": context // 4} | decoder, context=context)
         return _plan_decoder(pod, learner.model, rules, load, dump_hlo)
     shapes = batch_shapes()
     return _plan_step(pod, learner, rules, seed, shapes, steps, dump_hlo, save_executable)
+
+
+def _refuse_unused(context: int | None, decoder, files, searching: bool) -> None:
+    """UserError for flags that would do nothing, and for files that could not be written."""
+    if context is None and decoder:
+        raise UserError(f"--{next(iter(decoder))} is of a decoder: give its --context too")
+    if context is not None and files["save_executable"] is not None:
+        raise UserError("--save_executable keeps a training step: leave it or --context out")
+    for name, path in files.items():
+        if path is None:
+            continue
+        if searching:
+            raise UserError(f"--{name}: one file for all plans of --search; leave one of them out")
+        if not Path(path).parent.is_dir():
+            raise UserError(f"--{name}={path}: {Path(path).parent} is no folder; make it first")
 
 
 def _compiling(topology: str) -> None:
@@ -113,9 +137,9 @@ def _plan_step(pod, learner, rules, seed, shapes, steps, dump_hlo, save_executab
     started = time.monotonic()
     with jax.set_mesh(pod.mesh):
         lowered = planned.step.lower(planned.template, batch)
-        compiled = compilation.compile_for(pod.topology, lowered)
+        compiled = compilation.compile_for(pod.topology, lowered, "the step", LESS)
     if save_executable is not None:
-        executables.save(save_executable, compiled, lowered)
+        executables.save(save_executable, compiled, lowered, pod.mesh)
     module, times = pod.modelled(compiled, dump_hlo)
     needs = memory.split(compiled, module, planned.template, batch)
     said = pod.described(round(time.monotonic() - started, 1), needs.total)
@@ -134,9 +158,9 @@ def _plan_decoder(pod, config, rules, load, dump_hlo):
     _compiling(pod.topology)
     started = time.monotonic()
     with jax.set_mesh(pod.mesh):
-        prefill = compilation.compile_for(pod.topology, program.prefill(), "a prompt")
+        prefill = compilation.compile_for(pod.topology, program.prefill(), "a prompt", FEWER)
         block = program.decode(prefill.output_shardings)
-        decode = compilation.compile_for(pod.topology, block, "a token")
+        decode = compilation.compile_for(pod.topology, block, "a token", FEWER)
     prompt_times = pod.modelled(prefill)[1]
     block_times = pod.modelled(decode, dump_hlo)[1]
     needs = memory.of_decoder(program.weights, prefill, decode)

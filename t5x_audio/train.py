@@ -63,7 +63,8 @@ def run(
       mesh: devices along each mesh axis; default all of them on `data`.
       rules: logical axes to mesh axes.
       xla_flags: names of sets in training/xla_flags.py, for XLA's TPU compiler.
-      executable: the compiled step, a file of `plan --save_executable`; None compiles it here.
+      executable: the compiled step, a file of `plan --save_executable`, for a dataset whose batches
+        have one shape; None compiles it here.
 
     Returns:
       model_dir, step, the last train and validation metrics.
@@ -132,7 +133,9 @@ def run(
                     raise progress.data_ended(directory, step - 1, steps) from None
                 step_flops = count_flops(state, batch, learner.branch(step - 1))
                 if executable is not None and step == start + 1:
-                    take_step = executables.load(executable, compiled.step.lower(state, batch))
+                    take_step = executables.load(
+                        executable, compiled.step.lower(state, batch), mesh
+                    )
                 profile.before(step, state)
                 state, metrics = take_step(state, batch)
                 profile.after(step, metrics)

@@ -107,6 +107,19 @@ def test_what_does_not_fit_is_told(text, said):
             ["--topology=v5p:2x2x1", "--context=64", "--prompt=64"],
             "the context must be longer than the prompt",
         ),
+        (["--topology=v5p:2x2x1", "--batch=2"], "--batch is of a decoder: give its --context too"),
+        (
+            ["--topology=v5p:2x2x1", "--context=64", "--save_executable=step"],
+            "--save_executable keeps a training step",
+        ),
+        (
+            ["--topology=v5p:2x2x1", "--save_executable=no/such/step"],
+            "--save_executable=no/such/step: no/such is no folder",
+        ),
+        (
+            ["--topology=v5p:2x2x1", "--dump_hlo=one", "--search", "DATA=1,2"],
+            "--dump_hlo: one file for all plans of --search",
+        ),
         (
             ["--topology=v5p:2x2x1", "--context=64", "--weights=int4"],
             "weights='int4': use one of float32, bfloat16, int8",

@@ -3,7 +3,8 @@
 Every token reads every weight once, so a decoder of few streams is as fast as its weights are
 small. Choices:
 - Layers are taken apart where a CPU decodes: slicing their stack would copy every weight for every
-  token. A pod keeps the stack: its compiler takes a minute for it and an hour for the layers.
+  token. A pod keeps the stack: its compiler takes a minute for that of the 130B and over ten for
+  the layers.
 - Weights become matrices: a slice of a stack can then be read where it lies, by the product itself.
 - `int8` keeps matrices in 8 bits with a float32 scale for each output (weight-only, symmetric,
   round to nearest; LLM.int8, arXiv 2208.07339, section 2.1, without its outliers). The product is

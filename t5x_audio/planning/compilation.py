@@ -5,7 +5,7 @@ import re
 from t5x_audio.errors import UserError
 
 
-def compile_for(topology: str, lowered, what: str = "the step"):
+def compile_for(topology: str, lowered, what: str, remedy: str):
     """`lowered.compile()`; UserError names the topology where `what` lacks memory."""
     try:
         return lowered.compile()
@@ -14,8 +14,8 @@ def compile_for(topology: str, lowered, what: str = "the step"):
         if "RESOURCE_EXHAUSTED" not in text:
             raise
         raise UserError(
-            f"--topology={topology}: {what} does not fit ({shortage(text)}); keep fewer "
-            "activations (BACKBONE_REMAT), take fewer sequences a chip, or shard over more chips"
+            f"--topology={topology}: {what} does not fit ({shortage(text)}); {remedy}, "
+            "or shard over more chips"
         ) from error
 
 

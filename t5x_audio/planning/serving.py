@@ -29,15 +29,15 @@ class Load:
     """What a decoder has to carry.
 
     Attributes:
-      batch: streams at once.
-      prompt: tokens of each prompt.
       context: slots of the cache, the prompt among them.
+      prompt: tokens of each prompt.
+      batch: streams at once.
       weights: see decoding_weights.KINDS.
     """
 
+    context: int
+    prompt: int
     batch: int = 1
-    prompt: int = 1024
-    context: int = 4096
     weights: str = "bfloat16"
 
     def __post_init__(self):

@@ -61,10 +61,20 @@ class MeshShape:
         try:
             return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
         except NotImplementedError:  # An axis that is no product of whole sides of the torus.
-            arranged = mesh_utils.create_device_mesh(
-                tuple(sizes.values()), devices, allow_split_physical_axes=True
-            )
-            return Mesh(arranged, tuple(sizes), axis_types=types)
+            return Mesh(_split_sides(sizes, devices), tuple(sizes), axis_types=types)
+
+
+def _split_sides(sizes: dict[str, int], devices):
+    """Devices laid out where a mesh axis is a part of a side of the torus: slower, but possible."""
+    try:
+        return mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(
+            f"mesh {_describe(sizes)} cannot be laid on this torus; take axes that are products of "
+            "its sides"
+        ) from error
 
 
 def _describe(sizes) -> str:
