@@ -6,6 +6,8 @@ small. Choices:
   token. A pod keeps the stack: its compiler takes a minute for that of the 130B and over ten for
   the layers.
 - Weights become matrices: a slice of a stack can then be read where it lies, by the product itself.
+- Where a CPU decodes, the weights of an output lie side by side (`ByOutput`): the products of eight
+  rows take half the time, that of one row the same.
 - `int8` keeps matrices in 8 bits with a float32 scale for each output (weight-only, symmetric,
   round to nearest; LLM.int8, arXiv 2208.07339, section 2.1, without its outliers). The product is
   formed with the integers in the type of the computation and scaled behind it. Embedding, norms and
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_audio.backbone.feed_forward import ByOutput
 from t5x_audio.backbone.transformer import Layer, Transformer
 from t5x_audio.errors import UserError
 
@@ -28,7 +31,7 @@ def prepare(model: Transformer, kind: str | None = None, unstack: bool = True) -
 
     Args:
       model: with its layers stacked or not.
-      unstack: whether to take the layers apart.
+      unstack: whether to take the layers apart, for a CPU.
       kind: of KINDS, the type of the weights; None leaves it. What is not int8 under `int8` takes
         the model's own type of computation.
 
@@ -45,6 +48,8 @@ def prepare(model: Transformer, kind: str | None = None, unstack: bool = True) -
         _flatten(module)
         if kind == "int8":
             _to_int8(module)
+        if unstack:
+            _by_output(module)
     if kind is not None:
         graphdef, state = nnx.split(model)
         dtype = model.config.dtype if kind == "int8" else kind
@@ -104,3 +109,12 @@ def _to_int8(module: nnx.Module) -> None:
         setattr(module, name, nnx.Param(integers, logical_axes=axes))
         scale_axes = axes[:-2] + axes[-1:]
         setattr(module, f"{name}_scale", nnx.Param(scale, logical_axes=scale_axes))
+
+
+def _by_output(module: nnx.Module) -> None:
+    """Turns the matrices of a module."""
+    for name in _MATRICES:
+        weight = getattr(module, name, None)
+        if weight is not None:
+            axes = weight.get_metadata()["logical_axes"]
+            setattr(module, name, ByOutput(weight[...].T, logical_axes=axes[::-1]))

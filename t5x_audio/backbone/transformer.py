@@ -31,7 +31,7 @@ from flax import nnx
 from t5x_audio.backbone import context_parallel, remat, rope
 from t5x_audio.backbone.alibi import alibi_slopes, interpolate_slopes
 from t5x_audio.backbone.attention import attention
-from t5x_audio.backbone.feed_forward import dense, swiglu
+from t5x_audio.backbone.feed_forward import ByOutput, dense, dense_by_output, swiglu
 from t5x_audio.backbone.mesh import (
     BATCH_AXES,
     FSDP_AXIS,
@@ -134,6 +134,8 @@ class KVCache:
 
     Slots are filled from the left, all rows alike: a row of fewer tokens has padding (segment 0)
     among its slots. Per layer and stacked [layers, ...] or a tuple over layers, as the model is.
+    In a tuple a single row's axis is left out: XLA's CPU compiler would drop it to read the cache,
+    and then writes to a copy instead of in place.
 
     Attributes:
       keys, values: [B, kv_heads, T, head_dim] of every layer, in the compute type.
@@ -158,9 +160,11 @@ def _laid_out(x, cache):
 
 
 def _written(cache, new, index, slot):
-    """The cache [B, K, T, D], or layer `index` of a stack of them, with `new` from a slot on."""
+    """A layer's cache, or layer `index` of a stack, with `new` [B, K, S, D] from a slot on."""
     if index is None:
-        return jax.lax.dynamic_update_slice(cache, new, (0, 0, slot, 0))
+        streams = cache.shape[:-2]
+        new = new.reshape(*streams, *new.shape[-2:])
+        return jax.lax.dynamic_update_slice(cache, new, (*(0 for _ in streams), slot, 0))
     return jax.lax.dynamic_update_slice(cache, new[None], (index, 0, 0, slot, 0))
 
 
@@ -247,8 +251,12 @@ class Layer(nnx.Module):
 
     def _product(self, x, name: str, layout):
         """[..., I] -> [..., O] by the weight of that name."""
-        kernel = getattr(self, name)[...].reshape(x.shape[-1], -1)
-        return _scaled(dense(x, kernel, layout), self, name)
+        weight = getattr(self, name)
+        if isinstance(weight, ByOutput):
+            product = dense_by_output(x, weight[...])
+        else:
+            product = dense(x, weight[...].reshape(x.shape[-1], -1), layout)
+        return _scaled(product, self, name)
 
     def _project(self, x, name: str, layout):
         """[B, S, embed] -> [B, heads, S, head_dim] of query, key or value."""
@@ -276,6 +284,7 @@ class Layer(nnx.Module):
                 array if index is None else jax.lax.dynamic_index_in_dim(array, index, 0, False)
                 for array in kept
             )
+            key, value = (x.reshape(batch, -1, *x.shape[-2:]) for x in (key, value))
         mixed = attention(
             query,
             key,
@@ -329,12 +338,18 @@ class Transformer(nnx.Module):
     @property
     def head_kernel(self) -> jax.Array:
         """[embed, vocab_size], the columns of the head."""
-        return self.embedding[...].T if self.config.tied_head else self.head[...]
+        if self.config.tied_head:
+            return self.embedding[...].T
+        return self.head[...].T if isinstance(self.head, ByOutput) else self.head[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., embed] of `hidden` -> float32[..., vocab_size]."""
-        kernel = self.head_kernel.astype(hidden.dtype)
-        logits = jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        weight = self.embedding if self.config.tied_head else self.head
+        if self.config.tied_head or isinstance(weight, ByOutput):
+            logits = dense_by_output(hidden, weight[...], jnp.float32)
+        else:
+            kernel = weight[...].astype(hidden.dtype)
+            logits = jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
         return _scaled(logits, self, "head")
 
     def hidden(self, tokens, positions=None, segment_ids=None, cache=None):
@@ -414,6 +429,8 @@ class Transformer(nnx.Module):
         if isinstance(self.layers, Layer):
             kept = [empty(config.num_layers) for _ in range(2)]
         else:
-            kept = [tuple(empty() for _ in range(config.num_layers)) for _ in range(2)]
+            alone = shape[1:] if batch == 1 else shape
+            layers = range(config.num_layers)
+            kept = [tuple(empty().reshape(alone) for _ in layers) for _ in range(2)]
         places = [constrain(jnp.zeros((batch, max_len), jnp.int32), STREAM_AXES) for _ in range(2)]
         return KVCache(*kept, *places, jnp.zeros((), jnp.int32))
