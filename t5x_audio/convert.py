@@ -4,11 +4,10 @@
     python -m t5x_audio.convert --from_gguf=SmolLM2-135M.Q4_1.gguf --model_dir=models/smollm2
     python -m t5x_audio.convert --model_dir=models/tts_3b --to_hf=exported
 
-Tensors keep their type (quantised ones become float32) and are read one at a time. What limits the
-size is the checkpoint: Orbax holds up to twice of what it writes, and an export a stack of layers
-with what it was read from (13 and 8 GB for the 7 GB of the 3B: benchmarks/large_import.py). What
-was imported from Hugging Face and not changed is exported as the same files, byte for byte;
-`--dtype` and other models get files of their own.
+Tensors keep their type (quantised ones become float32) and pass one at a time: memory is bounded by
+the largest (benchmarks/large_import.py), except in the export of a run's checkpoint, which holds
+one shard of a stack of layers. What was imported from Hugging Face and not changed is exported as
+the same files, byte for byte; `--dtype` and other models get files of their own.
 """
 
 import json
@@ -88,7 +87,7 @@ def _import(
     from tqdm import tqdm
 
     from t5x_audio.interop import hugging_face
-    from t5x_audio.training import checkpoints, staging
+    from t5x_audio.training import checkpoints
 
     hugging_face.require_tensors(place, config, source.shapes)
     tensors = hugging_face.tensors(config)
@@ -97,21 +96,47 @@ def _import(
         checkpoints.require_same_configs(model_dir, {"model": config})
         print(f"{model_dir}: finished already", file=sys.stderr)
         return summary
-    types = {}
-    for tensor in tensors:
-        dtype = source.dtypes[tensor.name]
-        if types.setdefault(tensor.parameter, dtype) != dtype:
-            raise UserError(
-                f"{place}: {tensor.name} is {dtype}, other layers are {types[tensor.parameter]}"
-            )
-    with staging.staged_model(
-        model_dir, config, hugging_face.stack_shapes(config), types
-    ) as arrays:
-        for tensor in tqdm(tensors, unit="tensor", desc="import"):
-            part = ... if tensor.layer is None else tensor.layer
-            arrays[tensor.parameter][part] = tensor.to_ours(source.read(tensor.name))
+    with (
+        tqdm(total=len(tensors), unit="tensor", desc="import") as progress,
+        checkpoints.leaving_nothing_behind(model_dir),
+    ):
         keep(model_dir / KEPT)
+        stacks = {
+            parameter: _stack(place, source, those, progress)
+            for parameter, those in _by_parameter(tensors).items()
+        }
+        checkpoints.save_parts(model_dir, config, stacks)
     return summary
+
+
+def _by_parameter(tensors) -> dict[str, list]:
+    """Parameter here -> its tensors, of a stack in the order of the layers."""
+    found = {}
+    for tensor in tensors:
+        found.setdefault(tensor.parameter, []).append(tensor)
+    return found
+
+
+def _stack(place: Path, source, tensors: list, progress):
+    """The parameter that these tensors make up, a part of it each."""
+    from t5x_audio.training.partwise_arrays import PartwiseArray
+
+    first = tensors[0]
+    dtype = source.dtypes[first.name]
+    for tensor in tensors:
+        if source.dtypes[tensor.name] != dtype:
+            found = source.dtypes[tensor.name]
+            raise UserError(f"{place}: {tensor.name} is {found}, other layers are {dtype}")
+
+    def read(start: int):
+        tensor = tensors[start if stacked else 0]
+        array = tensor.to_ours(source.read(tensor.name))
+        progress.update()
+        return array[None] if stacked else array
+
+    stacked = first.layer is not None
+    shape = (len(tensors), *first.inner) if stacked else first.inner
+    return PartwiseArray(shape, dtype, 1 if stacked else shape[0], read)
 
 
 def export_checkpoint(model_dir: Path, folder: Path, dtype: str | None) -> dict[str, Any]:
@@ -131,23 +156,27 @@ def export_checkpoint(model_dir: Path, folder: Path, dtype: str | None) -> dict[
         if (folder / name).exists():
             raise UserError(f"{folder}: holds {name} already; give another --to_hf")
     tensors = hugging_face.tensors(config)
-    of_parameter = {}
-    for tensor in tensors:
-        of_parameter.setdefault(tensor.parameter, []).append(tensor)
     stored = checkpoints.array_types(model_dir)
     writer = Writer(folder, _headers(model_dir, config, tensors, stored, dtype))
     with tqdm(total=len(tensors), unit="tensor", desc="export") as progress:
-        for parameter, those in of_parameter.items():
-            array = checkpoints.read_array(model_dir, f"params/{parameter}")
-            for tensor in those:
-                part = array if tensor.layer is None else array[tensor.layer]
+        for parameter, those in _by_parameter(tensors).items():
+            array = checkpoints.open_array(model_dir, f"params/{parameter}")
+            for tensor, part in _apart(array, those):
                 for name in _names_of(tensor, writer.names):
                     writer.write(name, tensor.from_ours(part))
                 progress.update()
-            del array
     writer.finish()
     _restore_kept(model_dir / KEPT, folder, config, dtype or _torch_name(stored))
     return _summary(config, tensors) | {"hf_dir": str(folder)}
+
+
+def _apart(array, tensors: list):
+    """Yields (tensor, its array here) of a parameter."""
+    if tensors[0].layer is None:
+        yield tensors[0], array.whole()
+        return
+    for start, part in array:
+        yield from zip(tensors[start : start + len(part)], part, strict=True)
 
 
 def _summary(config, tensors) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def run(
 
     from t5x_audio.backbone.transformer import TransformerConfig
     from t5x_audio.interop import hugging_face
-    from t5x_audio.training import checkpoints, staging
+    from t5x_audio.training import checkpoints
 
     if rows < 1 or multiple_of < 1:
         raise UserError(f"--rows={rows}, multiple_of={multiple_of}: both are 1 or more")
@@ -59,32 +59,53 @@ def run(
         print(f"{output}: finished already", file=sys.stderr)
         return {"model_dir": model_dir, "vocab_size": vocab_size}
     shapes = hugging_face.stack_shapes(config)
-    stored = checkpoints.array_types(source)
-    types = {name: stored[f"params/{name}"] for name in shapes}
-    rng = np.random.default_rng(seed)
-    with staging.staged_model(output, config, shapes, types) as arrays:
-        for parameter, array in tqdm(arrays.items(), unit="array", desc="extend"):
-            values = checkpoints.read_array(source, f"params/{parameter}")
+    with (
+        tqdm(total=len(shapes), unit="array", desc="extend") as progress,
+        checkpoints.leaving_nothing_behind(output),
+    ):
+        arrays = {}
+        for parameter, shape in shapes.items():
+            arrays[parameter] = checkpoints.open_array(source, f"params/{parameter}")
             if parameter in _AXES:
-                _extend(array, values, _AXES[parameter], rng)
-            else:
-                array[...] = values
+                draws = np.random.default_rng((seed, _AXES[parameter]))
+                arrays[parameter] = _extended(arrays[parameter], shape, _AXES[parameter], draws)
+            arrays[parameter] = _counted(arrays[parameter], progress)
+        checkpoints.save_parts(output, config, arrays)
     launch.save_operative_config(output)
     summary = {"vocab_size": vocab_size, "parameters": hugging_face.count(config)}
     return {"model_dir": model_dir} | summary
 
 
-def _extend(array, values, axis: int, rng) -> None:
-    """Fills `array` with `values` and new rows along `axis` in the type of `array`."""
+def _counted(array, progress):
+    """`array`, whose last part moves the progress."""
+
+    def read(start: int):
+        part = array.read(start)
+        progress.update(start + len(part) == array.shape[0])
+        return part
+
+    return dataclasses.replace(array, read=read)
+
+
+def _extended(array, shape: tuple[int, ...], axis: int, rng):
+    """`array` with new rows along `axis`, as one part."""
+
+    def read(start: int):
+        return _with_rows(array.whole(), shape[axis], axis, rng)
+
+    return dataclasses.replace(array, shape=shape, rows=shape[0], read=read)
+
+
+def _with_rows(values, count: int, axis: int, rng):
+    """`values` and new rows up to `count` of them along `axis`, in the same type."""
     import numpy as np
 
-    wide = np.moveaxis(values, axis, 0).astype(np.float32)
-    known, rows = len(wide), array.shape[axis] - len(wide)
+    known = np.moveaxis(values, axis, 0)
+    wide = known.astype(np.float32)
     mean, spread = wide.mean(0, dtype=np.float64), wide.std(0, dtype=np.float64)
-    new = mean + _SPREAD * spread * rng.standard_normal((rows, wide.shape[1]), np.float32)
-    target = np.moveaxis(array, axis, 0)
-    target[:known] = np.moveaxis(values, axis, 0)
-    target[known:] = new.astype(array.dtype)
+    drawn = rng.standard_normal((count - len(known), known.shape[1]), np.float32)
+    new = (mean + _SPREAD * spread * drawn).astype(values.dtype)
+    return np.moveaxis(np.concatenate([known, new]), 0, axis)
 
 
 def _add_flags(parser) -> None:

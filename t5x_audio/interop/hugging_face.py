@@ -2,8 +2,7 @@
 
 What is the same and what is not: a linear layer is [out, in] there and [in, out] here, with its
 heads as axes of their own; layers are stacked here. Every tensor's name and shape is compared with
-the configuration before any is read. Tensors pass one at a time; stacks are files in the memory
-map.
+the configuration before any is read. Tensors pass one at a time.
 
 An imported model keeps config.json, the tokenizer's files and the layout of the safetensors files
 under `<model_dir>/hugging_face/`: exported again, the weights are the same bytes in the same files.

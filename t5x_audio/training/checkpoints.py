@@ -16,6 +16,7 @@ continuation but not read back into a loaded model.
 """
 
 import base64
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -23,6 +24,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from t5x_audio.errors import UserError
+from t5x_audio.training import partwise_arrays
 
 _CONFIG_FILE = "model.json"
 _STEPS = "checkpoints"
@@ -264,12 +267,51 @@ def save_states(
     directory: str | os.PathLike, configs: dict[str, Any], states: dict[str, tuple[Any, Any]]
 ) -> None:
     """`save_model` for (params, variables) states."""
+    items = {name: _model_item(*pair) for name, pair in states.items()}
+    _save_items(directory, configs, items, ocp.CompositeCheckpointHandler())
+
+
+def save_parts(
+    directory: str | os.PathLike, config: Any, params: dict[str, partwise_arrays.PartwiseArray]
+) -> None:
+    """`save_model` for one model whose parameters, by name ('layers/query'), are made in parts.
+
+    Errors of the parts are raised here. UserError if the disk cannot hold them.
+    """
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    _require_space(Path(directory), sum(array.nbytes for array in params.values()))
+    items = {"model": ocp.args.PyTreeSave({f"params/{n}": array for n, array in params.items()})}
+    handler = ocp.CompositeCheckpointHandler(model=partwise_arrays.handler())
+    _save_items(directory, {"model": config}, items, handler)
+
+
+@contextlib.contextmanager
+def leaving_nothing_behind(directory: Path) -> Iterator[None]:
+    """Removes what an error inside leaves of a new model directory, which has no checkpoint yet."""
+    existed = directory.exists()
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(directory / _STEPS if existed else directory, ignore_errors=True)
+        raise
+
+
+def _require_space(directory: Path, size: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise UserError(
+            f"{directory}: needs {size / 2**30:.1f} GiB of disk, but only {free / 2**30:.1f} are "
+            "free"
+        )
+
+
+def _save_items(directory, configs: dict[str, Any], items: dict[str, Any], handler) -> None:
+    """A new step with these items; the earlier ones go."""
     directory = Path(directory).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     earlier = checkpoint_steps(directory)
     step = earlier[-1] + 1 if earlier else 0
-    items = {name: _model_item(*pair) for name, pair in states.items()}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+    with ocp.Checkpointer(handler) as writer:
         writer.save(directory / _STEPS / str(step), args=ocp.args.Composite(**items))
     write_configs(directory, configs)
     for old in earlier:
@@ -295,20 +337,33 @@ def array_types(directory: str | os.PathLike, name: str = "model") -> dict[str, 
     return {n: np.dtype(x.dtype) for n, x in _stored_arrays(_latest_item(directory, name)).items()}
 
 
-def read_array(directory: str | os.PathLike, array: str, name: str = "model") -> np.ndarray:
-    """One stored array of a model in its own type, and no other. UserError if it is not there."""
+def open_array(
+    directory: str | os.PathLike, array: str, name: str = "model"
+) -> partwise_arrays.PartwiseArray:
+    """One stored array of a model in its own type, to be read part by part.
+
+    UserError if it is not there; what is damaged shows when it is read.
+    """
     item = _latest_item(directory, name)
     if array not in _stored_arrays(item):
         raise UserError(f"{item}: has no {array}; another model's weights")
     arguments = ocp.args.PyTreeRestore(
         item={array: 0},
-        restore_args={array: ocp.RestoreArgs(restore_type=np.ndarray)},
+        restore_args={array: ocp.RestoreArgs(restore_type=partwise_arrays.PartwiseArray)},
         partial_restore=True,
     )
     try:
-        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(item, args=arguments)[array]
+        opened = ocp.Checkpointer(partwise_arrays.handler()).restore(item, args=arguments)[array]
     except Exception as error:  # see _stored_arrays
         raise DamagedCheckpoint(f"{item}: damaged ({_first_line(error)})") from error
+
+    def read(start: int) -> np.ndarray:
+        try:
+            return opened.read(start)
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{item}: damaged ({_first_line(error)})") from error
+
+    return dataclasses.replace(opened, read=read)
 
 
 def load_model(directory: str | os.PathLike, name: str = "model") -> nnx.Module:

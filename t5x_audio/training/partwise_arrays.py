@@ -1,0 +1,95 @@
+"""Arrays of a checkpoint that are never whole in memory: written and read part by part.
+
+Orbax copies an array before it writes it, and reads it whole. Here it asks a handler of ours, which
+goes through TensorStore with one part after another; what lies on disk is what Orbax would have
+written in chunks of a part each.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+
+@dataclasses.dataclass(frozen=True)
+class PartwiseArray:
+    """An array known by its parts; iteration yields (first row, part).
+
+    Attributes:
+      shape, dtype: of the whole.
+      rows: of the first axis in each part; the last one may have fewer.
+      read: first row of a part -> the part, [rows, ...].
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    rows: int
+    read: Callable[[int], np.ndarray]
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        for start in range(0, self.shape[0], self.rows):
+            yield start, self.read(start)
+
+    def whole(self) -> np.ndarray:
+        """All parts together."""
+        if self.rows >= self.shape[0]:
+            return self.read(0)
+        array = np.empty(self.shape, self.dtype)
+        for start, part in self:
+            array[start : start + len(part)] = part
+        return array
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class _Handler(ocp.type_handlers.NumpyHandler):
+    """Orbax's handler of PartwiseArrays, which are numpy arrays to any other reader."""
+
+    async def serialize(self, values, infos, args=None):
+        """Starts to write the arrays, one after another."""
+        writing = self._write(values, infos)
+        return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="partwise_arrays")]
+
+    async def _write(self, values, infos):
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            spec = ocp.type_handlers.get_json_tspec_write(
+                info,
+                use_ocdbt=info.is_ocdbt_checkpoint,
+                global_shape=value.shape,
+                local_shape=(value.rows, *value.shape[1:]),
+                dtype=value.dtype,
+                process_index=jax.process_index(),
+            )
+            store = await tensorstore.open(spec, create=True, open=True, context=info.ts_context)
+            for start, part in value:
+                await store[start : start + len(part)].write(part)
+
+    async def deserialize(self, infos, args=None):
+        """Opens the arrays; a part is a row of TensorStore's chunks."""
+        return [_opened(await self._open(info)) for info in infos]
+
+    async def _open(self, info):
+        spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
+        return await tensorstore.open(spec, context=info.ts_context)
+
+
+def _opened(store) -> PartwiseArray:
+    rows = (*store.chunk_layout.read_chunk.shape, 1)[0]
+
+    def read(start: int) -> np.ndarray:
+        return store[start : min(start + rows, store.shape[0])].read().result()
+
+    return PartwiseArray(tuple(store.shape), store.dtype.numpy_dtype, rows, read)
+
+
+def handler() -> ocp.PyTreeCheckpointHandler:
+    """For a flat tree of PartwiseArrays and nothing else."""
+    registry = ocp.type_handlers.create_type_handler_registry((PartwiseArray, _Handler()))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
