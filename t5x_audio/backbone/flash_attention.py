@@ -11,13 +11,16 @@ Choices:
 - Blocks that no query may see are neither computed nor fetched.
 - Queries may be chunks of a longer sequence (context_parallel.py): where they stand in it is known
   only on the device, so the blocks to meet are read from prefetched scalars.
-- The backward pass is two kernels: one gathers keys and values, the other queries.
+- The backward pass is one kernel over blocks of keys, in which the gradient of all its queries
+  stays in VMEM: five products instead of the seven of two kernels. Queries that do not fit there
+  take several turns, whose gradients of keys and values are summed.
 
 `attention.attention` is the entrance; the same numbers by XLA alone are in blockwise_attention.py.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +29,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 """Chunks of queries are multiples of it."""
+_PIECE = 128  # keys of a block that the forward kernel takes at once
 _LOWEST = -1e30  # finite: a block without a visible key gives exp(-inf - this) = 0, never a NaN
-_VMEM_BYTES = 96 * 2**20
-_HEADS_BYTES = 32 * 2**20  # of it for the queries of a program and what is gathered for them
+_VMEM_BYTES = 64 * 2**20  # what current chips have at least; v4 has less
+
+
+def _vmem_bytes() -> int:
+    """Of a core of the chip that the program is for, but no more than any current chip has."""
+    try:
+        return min(pltpu.get_tpu_info().vmem_capacity_bytes, _VMEM_BYTES)
+    except ValueError:  # no TPU: interpreted, or a branch that will not be lowered
+        return _VMEM_BYTES
 
 
 def forward(
@@ -66,8 +77,8 @@ def forward(
         (tiling.queries, tiling.keys),
         (query, key, value),
         [tiling.head_spec(q), tiling.key_spec(k), tiling.key_spec(k)],
-        segments,
-        starts,
+        tiling.pad_segments(segments),
+        tiling.places(starts),
         (q, k),
         shapes,
         [tiling.head_spec(q), tiling.row_spec(q)],
@@ -75,6 +86,7 @@ def forward(
         slopes,
         interpret,
         products=2,
+        outer_blocks="parallel",
     )
     return output[:, :, :, :length], log_sum[..., :length]
 
@@ -96,32 +108,55 @@ def backward(
       (d_query, d_key, d_value) in the shapes and types of query, key and value.
     """
     tiling, length, seen = _Tiling.of(query, key, starts, block_size), query.shape[3], key.shape[2]
-    query, key, value = tiling.pad_heads(query), tiling.pad_keys(key, 2), tiling.pad_keys(value, 2)
-    d_output = tiling.pad_heads(d_output.astype(value.dtype))
-    log_sum, correction = tiling.pad_heads(log_sum), tiling.pad_heads(correction)
-    arrays = (query, key, value, d_output, log_sum, correction)
-
-    def call(kernel, lengths, q, k, shapes, out_specs, scratch, products):
-        heads, keys, rows = tiling.head_spec(q), tiling.key_spec(k), tiling.row_spec(q)
-        specs = [heads, keys, keys, heads, rows, rows]
-        return _call(
-            kernel, tiling, lengths, arrays, specs, segments, starts, (q, k), shapes, out_specs,
-            scratch, slopes, interpret, products,
+    key, value = tiling.pad_keys(key, 2), tiling.pad_keys(value, 2)
+    d_output = d_output.astype(value.dtype)
+    of_queries = [tiling.pad_heads(x) for x in (query, d_output, log_sum, correction)]
+    segments = tiling.pad_segments(segments)
+    places = tiling.places(starts)
+    d_query, d_key, d_value = [], 0.0, 0.0
+    for first, last in tiling.turns():
+        tokens = slice(first * tiling.block, last * tiling.block)
+        # Queries of whole sequences see no later key.
+        keys = slice(0, tokens.stop if starts is None else tiling.keys)
+        turn = [x[:, :, :, tokens] for x in of_queries]
+        seen_by = [x[:, :, keys] for x in (key, value)]
+        part, *sums = _backward_turn(
+            dataclasses.replace(tiling, queries=tokens.stop - tokens.start, keys=keys.stop),
+            *turn, *seen_by, (segments[0][:, tokens], segments[1][:, keys]), places[first:last],
+            slopes, interpret,
         )  # fmt: skip
+        d_query.append(part)
+        sums = (tiling.pad_keys(x, 2) for x in sums)
+        d_key, d_value = (x + y for x, y in zip((d_key, d_value), sums, strict=True))
+    d_query = jnp.concatenate(d_query, 3)[:, :, :, :length]
+    return d_query, *(x[:, :, :seen].astype(key.dtype) for x in (d_key, d_value))
 
-    of_query, of_key = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
-    heads, size, dim = tiling.heads, tiling.block, tiling.dim
-    q, k = tiling.outer, tiling.seen
-    (d_query,) = call(
-        _query_kernel, (tiling.queries, tiling.keys), q, k, (of_query,), [tiling.head_spec(q)],
-        [(heads, size, dim)], 3,
-    )  # fmt: skip
+
+def _backward_turn(
+    tiling, query, d_output, log_sum, correction, key, value, segments, places, slopes, interpret
+):  # fmt: skip
+    """(d_query, d_key, d_value) of some queries; those of keys and values in float32."""
     q, k = tiling.seeing, tiling.outer
-    d_key, d_value = call(
-        _key_kernel, (tiling.keys, tiling.queries), q, k, (of_key, of_key),
-        [tiling.key_spec(k)] * 2, [(size, dim)] * 2, 4,
-    )  # fmt: skip
-    return d_query[:, :, :, :length], d_key[:, :, :seen], d_value[:, :, :seen]
+    heads, keys, rows = tiling.head_spec(q), tiling.key_spec(k), tiling.row_spec(q)
+    of_key = jax.ShapeDtypeStruct(key.shape, jnp.float32)
+    block = (tiling.block, tiling.dim)
+    return _call(
+        _backward_kernel,
+        tiling,
+        (tiling.keys, tiling.queries),
+        (query, key, value, d_output, log_sum, correction),
+        [heads, keys, keys, heads, rows, rows],
+        segments,
+        places,
+        (q, k),
+        (jax.ShapeDtypeStruct(query.shape, query.dtype), of_key, of_key),
+        [tiling.all_heads_spec(), tiling.key_spec(k), tiling.key_spec(k)],
+        [(tiling.heads, tiling.queries, tiling.dim), block, block],
+        slopes,
+        interpret,
+        products=5,
+        outer_blocks="arbitrary",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +183,8 @@ class _Tiling:
         if starts is not None and chunk % LANES:
             raise ValueError(f"chunks of {chunk} queries are no multiple of {LANES}")
         block = min(block_size, -(-chunk // LANES) * LANES)
-        while block > LANES and heads * block * dim * 16 > _HEADS_BYTES:
+        # Half of VMEM for the queries of a program and what is gathered for them.
+        while block > LANES and heads * block * dim * 16 > _vmem_bytes() // 2:
             block = -(-block // 2 // LANES) * LANES
         while starts is not None and chunk % block:
             block -= LANES
@@ -167,17 +203,32 @@ class _Tiling:
     def pad_keys(self, x, axis: int, value=0):
         return self.pad(x, axis, self.keys, value)
 
-    def scalars(self, starts):
-        """(block of the keys at which every block of queries stands, first that sees each key).
+    def pad_segments(self, segments):
+        """Padding is a segment of its own, which sees itself."""
+        return self.pad(segments[0], 1, self.queries, -1), self.pad_keys(segments[1], 1, -1)
 
-        int32[queries / block] and int32[keys / block]; the latter in blocks of queries.
-        """
+    def places(self, starts):
+        """int32[queries / block]: the block of the keys at which each block of queries stands."""
         per_chunk = self.queries // self.block // self.chunks
         first = jnp.zeros(1, jnp.int32) if starts is None else starts // self.block
-        place = (first[:, None] + jnp.arange(per_chunk)).reshape(-1).astype(jnp.int32)
+        return (first[:, None] + jnp.arange(per_chunk)).reshape(-1).astype(jnp.int32)
+
+    def seen_from(self, places):
+        """int32[keys / block]: the first block of queries that sees each block of keys."""
         key_blocks = jnp.arange(self.keys // self.block)
-        seen_from = (place[None] < key_blocks[:, None]).sum(1)
-        return place, jnp.minimum(seen_from, len(place) - 1).astype(jnp.int32)
+        before = (places[None] < key_blocks[:, None]).sum(1)
+        return jnp.minimum(before, len(places) - 1).astype(jnp.int32)
+
+    def turns(self):
+        """Yields (first, behind the last) blocks of queries of which VMEM holds the gradients.
+
+        A quarter of it, in float32; their bfloat16 copies take another.
+        """
+        blocks = self.queries // self.block
+        fitting = max(_vmem_bytes() // 4 // (self.heads * self.block * self.dim * 4), 1)
+        count = -(-blocks // fitting)
+        bounds = [blocks * turn // count for turn in range(count + 1)]
+        yield from itertools.pairwise(bounds)
 
     # Which block of queries or keys to fetch at (outer, inner): none that is not needed.
     @staticmethod
@@ -198,6 +249,11 @@ class _Tiling:
         """Of [B, K, G, S, D]."""
         shape = (1, 1, self.heads, self.block, self.dim)
         return pl.BlockSpec(shape, lambda b, k, *at: (b, k, 0, block(*at), 0))
+
+    def all_heads_spec(self):
+        """Of [B, K, G, S, D], all queries at once."""
+        shape = (1, 1, self.heads, self.queries, self.dim)
+        return pl.BlockSpec(shape, lambda b, k, *at: (b, k, 0, 0, 0))
 
     def row_spec(self, block):
         """Of [B, K, G, S]."""
@@ -229,16 +285,13 @@ class _Tiling:
 
 
 def _call(
-    kernel, tiling, lengths, arrays, specs, segments, starts, blocks, shapes, out_specs, scratch,
-    slopes, interpret, products,
+    kernel, tiling, lengths, arrays, specs, segments, places, blocks, shapes, out_specs, scratch,
+    slopes, interpret, products, outer_blocks,
 ):  # fmt: skip
     """Runs a kernel; it gets places, slopes, segments, `arrays`, outputs, `scratch` and the table.
 
     `lengths` are those over which the outer and the inner blocks of the grid go.
     """
-    # Padding is a segment of its own, which sees itself.
-    query_segments = tiling.pad(segments[0], 1, tiling.queries, -1)
-    key_segments = tiling.pad_keys(segments[1], 1, -1)
     biased = slopes is not None
     slopes = slopes if biased else jnp.zeros((tiling.groups, tiling.heads), jnp.float32)
     table = pltpu.VMEM((tiling.block, tiling.block), jnp.float32)
@@ -255,16 +308,18 @@ def _call(
         ),
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_VMEM_BYTES,
+            # Forward, the outer blocks are independent; backward, they add to the same queries.
+            dimension_semantics=("parallel", "parallel", outer_blocks, "arbitrary"),
+            vmem_limit_bytes=_vmem_bytes(),
         ),
         cost_estimate=tiling.cost(products, (*arrays, *shapes)),
         interpret=interpret,
     )(
-        *tiling.scalars(starts),
+        places,
+        tiling.seen_from(places),
         slopes,
-        query_segments[:, None, :],
-        key_segments[:, :, None],
+        segments[0][:, None, :],
+        segments[1][:, :, None],
         *arrays,
     )
 
@@ -295,10 +350,9 @@ def _fill(table, query_segments, key_segments, blocks_ahead, tiling, biased):
     table[...] = jnp.where(seen, root, jnp.inf)
 
 
-def _scores(slopes, query, key, table, head, biased):
+def _scores(product, slopes, distance, head, biased):
     """Float32 [keys, queries] of one head; -inf where not seen."""
-    slope = slopes[head] if biased else 1.0
-    return _dot(key[0, 0], query[0, 0, head], (1, 1)) - slope * table[...]
+    return product - (slopes[head] * distance if biased else distance)
 
 
 def _forward_kernel(
@@ -317,15 +371,24 @@ def _forward_kernel(
     @pl.when(inner <= here)
     def meet():
         _fill(table, query_segments, key_segments, here - inner, tiling, biased)
-        for head in range(tiling.heads):
-            one = slice(head, head + 1)
-            scores = _scores(slopes, query, key, table, head, biased)
+        # A piece's scores are asked of the matrix units before the softmax of the piece before, so
+        # that these work while the vector units do. Pieces that fit in registers spill less.
+        pieces = [
+            (head, slice(at, at + _PIECE))
+            for head in range(tiling.heads)
+            for at in range(0, tiling.block, _PIECE)
+        ]
+        products = (_dot(key[0, 0, keys], query[0, 0, head], (1, 1)) for head, keys in pieces)
+        ahead = next(products)
+        for head, keys in pieces:
+            one, product, ahead = slice(head, head + 1), ahead, next(products, None)
+            scores = _scores(product, slopes, table[keys], head, biased)
             new_top = jnp.maximum(top[one], jnp.max(scores, 0, keepdims=True))
             weights = jnp.exp(scores - new_top)
             fade = jnp.exp(top[one] - new_top)
             top[one] = new_top
             total[one] = fade * total[one] + jnp.sum(weights, 0, keepdims=True)
-            gain = _dot(value[0, 0], weights.astype(value.dtype), (0, 0))
+            gain = _dot(value[0, 0, keys], weights.astype(value.dtype), (0, 0))
             mixed[head] = fade * mixed[head] + gain
 
     @pl.when(inner == here)
@@ -339,58 +402,47 @@ def _forward_kernel(
 def _weights_and_gradient(slopes, arrays, table, head, biased):
     """Softmax weights and the scores' gradient of one head, float32 [keys, queries]."""
     query, key, value, d_output, log_sum, correction = arrays
-    scores = _scores(slopes, query, key, table, head, biased)
+    product = _dot(key[0, 0], query[0, 0, head], (1, 1))
+    scores = _scores(product, slopes, table[...], head, biased)
     weights = jnp.exp(scores - log_sum[0, 0, head : head + 1])
     d_weights = _dot(value[0, 0], d_output[0, 0, head], (1, 1))
     return weights, weights * (d_weights - correction[0, 0, head : head + 1])
 
 
-def _query_kernel(
+def _backward_kernel(
     place, _, slopes, query_segments, key_segments, query, key, value, d_output, log_sum,
-    correction, d_query, gathered, table, *, tiling, biased,
-):  # fmt: skip
-    arrays = (query, key, value, d_output, log_sum, correction)
-    slopes, inner = slopes.at[pl.program_id(1)], pl.program_id(3)
-    here = place[pl.program_id(2)]
-
-    @pl.when(inner == 0)
-    def start():
-        gathered[...] = jnp.zeros_like(gathered)
-
-    @pl.when(inner <= here)
-    def meet():
-        _fill(table, query_segments, key_segments, here - inner, tiling, biased)
-        for head in range(tiling.heads):
-            _, d_scores = _weights_and_gradient(slopes, arrays, table, head, biased)
-            gathered[head] += _dot(d_scores.astype(key.dtype), key[0, 0], (0, 0))
-
-    @pl.when(inner == here)
-    def finish():
-        d_query[0, 0] = gathered[...].astype(d_query.dtype)
-
-
-def _key_kernel(
-    place, _, slopes, query_segments, key_segments, query, key, value, d_output, log_sum,
-    correction, d_key, d_value, of_key, of_value, table, *, tiling, biased,
+    correction, d_query, d_key, d_value, of_query, of_key, of_value, table, *, tiling, biased,
 ):  # fmt: skip
     arrays = (query, key, value, d_output, log_sum, correction)
     slopes, outer, inner = slopes.at[pl.program_id(1)], pl.program_id(2), pl.program_id(3)
-    there = place[inner]
+    there, rows = place[inner], pl.ds(inner * tiling.block, tiling.block)
 
     @pl.when(inner == 0)
-    def start():
+    def start_keys():
         of_key[...] = jnp.zeros_like(of_key)
         of_value[...] = jnp.zeros_like(of_value)
+
+    @pl.when(outer == 0)
+    def start_queries():
+        of_query[:, rows] = jnp.zeros((tiling.heads, tiling.block, tiling.dim), jnp.float32)
 
     @pl.when(there >= outer)
     def meet():
         _fill(table, query_segments, key_segments, there - outer, tiling, biased)
         for head in range(tiling.heads):
             weights, d_scores = _weights_and_gradient(slopes, arrays, table, head, biased)
+            d_scores = d_scores.astype(key.dtype)
             of_value[...] += _dot(weights.astype(value.dtype), d_output[0, 0, head], (1, 0))
-            of_key[...] += _dot(d_scores.astype(key.dtype), query[0, 0, head], (1, 0))
+            of_key[...] += _dot(d_scores, query[0, 0, head], (1, 0))
+            of_query[head, rows] += _dot(d_scores, key[0, 0], (0, 0))
 
-    @pl.when(inner == tiling.queries // tiling.block - 1)
-    def finish():
-        d_key[0, 0] = of_key[...].astype(d_key.dtype)
-        d_value[0, 0] = of_value[...].astype(d_value.dtype)
+    last = inner == tiling.queries // tiling.block - 1
+
+    @pl.when(last)
+    def finish_keys():
+        d_key[0, 0] = of_key[...]
+        d_value[0, 0] = of_value[...]
+
+    @pl.when(last & (outer == tiling.keys // tiling.block - 1))
+    def finish_queries():
+        d_query[0, 0] = of_query[...].astype(d_query.dtype)

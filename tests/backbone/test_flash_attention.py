@@ -82,6 +82,26 @@ def test_output_and_gradients(groups, heads, length, dim, biased, dtype, within)
         np.testing.assert_allclose(np.float64(got) / scale, want / scale, atol=within)
 
 
+@pytest.mark.parametrize("length", [640, 500])
+def test_queries_take_turns_where_their_gradient_does_not_fit(monkeypatch, length):
+    query, key, value, d_output = made(2, 2, length, 64)
+    places = (segments_of(length),) * 2
+    slopes = np.float32(alibi_slopes(4)).reshape(2, 2)
+    options = dict(block_size=128, interpret=True)
+    output, log_sum = flash_attention.forward(query, key, value, places, slopes, **options)
+    saved = (log_sum, (output * d_output).sum(-1), d_output)
+    block = 2 * 128 * 64 * 4
+    monkeypatch.setattr(flash_attention, "_VMEM_BYTES", 4 * 2 * block)
+    kernels = jax.make_jaxpr(
+        lambda *arrays: flash_attention.backward(*arrays, places, *saved, slopes, **options)
+    )(query, key, value)
+    assert str(kernels).count("pallas_call[") == -(-length // 256)
+    got = flash_attention.backward(query, key, value, places, *saved, slopes, **options)
+    expected = reference(query, key, value, segments_of(length), slopes, d_output)[2:]
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
 def test_large_scores_stay_finite():
     query, key, value, d_output = made(1, 2, 140, 64)
     slopes = np.full((1, 2), 0.5, np.float32)
@@ -153,7 +173,7 @@ def test_every_device_has_its_chunks_of_the_sequence(on_devices):
 
 @pytest.mark.parametrize(
     ("platform", "dim", "same_tokens", "kernels"),
-    [("tpu", 128, True, 3), ("cpu", 128, True, 0), ("tpu", 48, True, 0), ("tpu", 128, False, 0)],
+    [("tpu", 128, True, 2), ("cpu", 128, True, 0), ("tpu", 48, True, 0), ("tpu", 128, False, 0)],
 )
 def test_kernels_are_used_where_they_can_serve(platform, dim, same_tokens, kernels):
     arrays = made(1, 2, 128, dim, jnp.bfloat16)[:3]
