@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import nnx
 
 from t5x_audio.errors import UserError
@@ -141,6 +142,52 @@ class Adafactor(_Scheduled):
             ),
             optax.clip_by_block_rms(self.clip_update_rms),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Muon(_Scheduled):
+    """Orthogonalised momentum for matrices, Adam for the rest (Jordan, 2024; optax.contrib.muon).
+
+    The rest are embedding and head (any parameter with a 'vocab' axis), gains and biases. Heads of
+    an attention are the columns of one matrix; stacked layers are orthogonalised one by one.
+    Updates of matrices have the size of Adam's (arXiv 2502.16982, section 2.2), so that the rates
+    and the decay of AdamW serve.
+
+    Attributes:
+      momentum: of the matrices' gradients, Nesterov's.
+      b1, b2, eps: of Adam.
+      newton_schulz_steps: iterations of the orthogonalisation.
+      update_rms: root mean square of a matrix's update at a learning rate of 1.
+    """
+
+    momentum: float = 0.95
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    newton_schulz_steps: int = 5
+    update_rms: float = 0.2
+
+    def _rule(self):
+        return optax.contrib.muon(
+            learning_rate=-1.0,  # the direction; rate and sign come behind it
+            ns_steps=self.newton_schulz_steps,
+            beta=self.momentum,
+            eps=self.eps,
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            consistent_rms=self.update_rms,
+            muon_weight_dimension_numbers=lambda params: _per_parameter(_as_matrix, params),
+        )
+
+
+def _as_matrix(axes, ndim) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which axes of a parameter are inputs and which outputs of a matrix; None if it is none."""
+    inner = [axis for axis in range(ndim) if not (axes and axes[axis] == "layers")]
+    outputs = 2 if axes and axes[-1] == "head_dim" else 1
+    if "vocab" in axes or len(inner) <= outputs:
+        return None
+    return optax.contrib.MuonDimensionNumbers(tuple(inner[:-outputs]), tuple(inner[-outputs:]))
 
 
 def _kept_in(rule: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:

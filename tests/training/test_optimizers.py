@@ -115,8 +115,61 @@ def test_stacked_gains_do_not_decay():
     np.testing.assert_allclose(updates["kernel"][...], -0.5)
 
 
-@pytest.mark.parametrize("kind", [optimizers.AdamW, optimizers.Adafactor])
-def test_both_minimise_and_clip(kind):
+def backbone_params():
+    axes = {
+        "embedding": ("vocab", "embed"), "query": ("layers", "embed", "heads", "head_dim"),
+        "out": ("layers", "heads", "head_dim", "embed"), "up": ("layers", "embed", "mlp"),
+        "query_bias": ("layers", "heads", "head_dim"), "gain": ("layers", "embed"),
+    }  # fmt: skip
+    sizes = {"vocab": 20, "embed": 12, "heads": 4, "head_dim": 6, "mlp": 32, "layers": 3}
+    rng = np.random.default_rng(0)
+    return nnx.State(
+        {
+            name: nnx.Param(
+                jnp.asarray(rng.normal(size=[sizes[a] for a in of]), jnp.float32), logical_axes=of
+            )
+            for name, of in axes.items()
+        }
+    )
+
+
+MUON = dict(peak_lr=1.0, schedule="constant", weight_decay=0.0, clip_norm=None)
+
+
+def test_muon_turns_matrices_into_rotations_of_one_size():
+    params = backbone_params()
+    updates = update(optimizers.Muon(newton_schulz_steps=10, **MUON), params, params, steps=2)
+    for name, shape in (("query", (12, 24)), ("out", (24, 12)), ("up", (12, 32))):
+        for layer in np.asarray(updates[name][...]):
+            matrix = layer.reshape(shape)
+            singular = np.linalg.svd(matrix, compute_uv=False)
+            size = 0.2 * max(shape) ** 0.5
+            # The quintic iteration ends between 0.7 and 1.2 on purpose (Jordan, 2024).
+            assert (0.6 * size < singular).all() and (singular < 1.3 * size).all()
+
+
+def test_muon_is_that_of_optax_on_matrices_and_adam_elsewhere():
+    params = backbone_params()
+    got = update(optimizers.Muon(**MUON), params, params, steps=3)
+    plain = {
+        f"{name}/{layer}": params[name][...][layer].reshape(shape)
+        for name, shape in (("query", (12, 24)), ("out", (24, 12)), ("up", (12, 32)))
+        for layer in range(3)
+    }
+    theirs = optax.contrib.muon(1.0, consistent_rms=0.2)
+    expected = run(theirs, plain, plain, steps=3)
+    for name, value in expected.items():
+        name, layer = name.split("/")
+        ours = got[name][...][int(layer)].reshape(value.shape)
+        np.testing.assert_allclose(ours, value, atol=1e-5)
+    rest = {n: params[n][...] for n in ("embedding", "query_bias", "gain")}
+    adam = run(optax.nadam(1.0, b2=0.95), rest, rest, steps=3)
+    for name, value in adam.items():
+        np.testing.assert_allclose(got[name][...], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [optimizers.AdamW, optimizers.Adafactor, optimizers.Muon])
+def test_all_minimise_and_clip(kind):
     optimizer = kind(peak_lr=0.05, schedule="constant", weight_decay=0.0)
     params = make_params()
     tx = optimizer.make(params)
