@@ -29,6 +29,7 @@ FEWER = "serve fewer streams (--batch), a shorter --context, --weights=int8"
 if TYPE_CHECKING:
     from t5x_audio.training.learner import Learner
     from t5x_audio.training.partitioning import MeshShape, ShardingRules
+    from t5x_audio.training.step_guard import StepGuard
 
 
 def run(
@@ -40,6 +41,7 @@ def run(
     mesh: "MeshShape | None" = None,
     rules: "ShardingRules | None" = None,
     xla_flags: Sequence[str] = (),
+    guard: "StepGuard | None" = None,
     seed: int = 0,
     slices: int = 1,
     context: int | None = None,
@@ -54,7 +56,7 @@ def run(
 
     Args:
       topology: of one slice, as CHIP:AxBxC, e.g. 'v5p:8x8x16'.
-      learner, mesh, rules, xla_flags, seed, steps: of `train.run`.
+      learner, mesh, rules, xla_flags, guard, seed, steps: of `train.run`.
       batch_shapes: () -> {field: (shape, type)} of a global batch.
       slices: slices joined by the network of the data centre; the mesh's `replica` axis.
       context: slots of a decoder's cache; None plans training.
@@ -87,7 +89,7 @@ def run(
     chip = chips.chip(topology.partition(":")[0])
 
     from t5x_audio.planning import report
-    from t5x_audio.training import partitioning
+    from t5x_audio.training import partitioning, program
 
     made = (mesh or partitioning.MeshShape()).make(devices)
     rules = rules or partitioning.ShardingRules()
@@ -98,7 +100,8 @@ def run(
         load = Load(**{"prompt": context // 4} | decoder, context=context)
         return _plan_decoder(pod, learner.model, rules, load, dump_hlo)
     shapes = batch_shapes()
-    return _plan_step(pod, learner, rules, seed, shapes, steps, dump_hlo, save_executable)
+    planned = program.TrainProgram(learner, made, rules, seed, guard)
+    return _plan_step(pod, planned, shapes, steps, dump_hlo, save_executable)
 
 
 def _refuse_unused(context: int | None, decoder, files, searching: bool) -> None:
@@ -120,13 +123,12 @@ def _compiling(topology: str) -> None:
     print(f"compiling for {topology}: minutes for a deep model", file=sys.stderr, flush=True)
 
 
-def _plan_step(pod, learner, rules, seed, shapes, steps, dump_hlo, save_executable):
+def _plan_step(pod, planned, shapes, steps, dump_hlo, save_executable):
     import jax
 
     from t5x_audio.planning import compilation, memory, report
-    from t5x_audio.training import executables, partitioning, program
+    from t5x_audio.training import executables, partitioning
 
-    planned = program.TrainProgram(learner, pod.mesh, rules, seed)
     batch = {
         name: jax.ShapeDtypeStruct(
             shape, dtype, sharding=partitioning.batch_sharding(pod.mesh, name, shape)

@@ -6,7 +6,8 @@ The loop knows a learner (`init`, `step`, `evaluate`) and a dataset of numpy bat
 iterator has a state. It is deterministic from the seed: the randomness of a step is a function of
 the seed and the step's index, so a run that is stopped in any way and started again computes, bit
 for bit, what an uninterrupted one does. Checkpoints hold state and iterator and are written in
-the background; SIGINT and SIGTERM write one first. Metrics stay on the device until logged.
+the background; SIGINT and SIGTERM write one first. Metrics stay on the device until logged. What
+happens after a step that went wrong is a policy (training/step_guard.py).
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from t5x_audio import launch
 if TYPE_CHECKING:
     from t5x_audio.training.learner import Learner
     from t5x_audio.training.partitioning import MeshShape, ShardingRules
+    from t5x_audio.training.step_guard import StepGuard
 
 
 def run(
@@ -43,6 +45,7 @@ def run(
     rules: "ShardingRules | None" = None,
     xla_flags: Sequence[str] = (),
     executable: str | None = None,
+    guard: "StepGuard | None" = None,
 ) -> dict[str, Any]:
     """Trains until `steps`, continuing from the latest checkpoint in the directory.
 
@@ -65,12 +68,13 @@ def run(
       xla_flags: names of sets in training/xla_flags.py, for XLA's TPU compiler.
       executable: the compiled step, a file of `plan --save_executable`, for a dataset whose batches
         have one shape; None compiles it here.
+      guard: what becomes of a step that went wrong; by default the run stops.
 
     Returns:
       model_dir, step, the last train and validation metrics.
 
     Raises:
-      UserError: bad sizes, mesh, data or executable, or a loss that isn't finite.
+      UserError: bad sizes, mesh, data or executable, or a step that went wrong.
       KeyboardInterrupt: after a signal, with everything saved.
     """
     # Heavy, and of no use to --help.
@@ -86,6 +90,7 @@ def run(
         program,
         progress,
         provenance,
+        step_guard,
     )
     from t5x_audio.training import xla_flags as flag_sets
     from t5x_audio.training.metrics import MetricWriter, summarize
@@ -93,6 +98,7 @@ def run(
     flag_sets.apply(xla_flags)
     mesh = (mesh or partitioning.MeshShape()).make()
     rules = rules or partitioning.ShardingRules()
+    guard = guard or step_guard.StepGuard()
     directory = progress.run_directory(model_dir, run_dir, name)
     saving = checkpoints.RunCheckpoints(directory, learner.model_configs, keep, keep_every)
     with contextlib.closing(saving) as saved, jax.set_mesh(mesh), progress.StopSignals() as signals:
@@ -101,15 +107,17 @@ def run(
             print(f"{directory}: finished already, at step {saved.latest_step()}", file=sys.stderr)
             return progress.results(directory, saved.latest_step())
 
-        # The state: as it was saved, or fresh.
-        compiled, iterator = program.TrainProgram(learner, mesh, rules, seed), iter(dataset)
-        restored = saved.restore(compiled.template)
-        if restored is None:
-            state = learner.warm_start(compiled.init())
-        else:
-            state, iterator_state = restored
+        compiled = program.TrainProgram(learner, mesh, rules, seed, guard)
+        iterator = iter(dataset)
+
+        def last_good():
+            """-> (state, iterator state or None) of the last checkpoint, or of the beginning."""
+            return saved.restore(compiled.template) or (learner.warm_start(compiled.init()), None)
+
+        state, iterator_state = last_good()
+        if iterator_state is not None:
             iterator.set_state(iterator_state)
-        start = int(state.step)
+        step = start = int(state.step)
         if jax.process_index() == 0:
             checkpoints.write_configs(directory, learner.model_configs)
             provenance.write(directory, state)
@@ -124,9 +132,10 @@ def run(
         console = progress.Console(directory, start, steps, throughput_key, throughput_unit)
         profile = profiling.ProfileWindow(directory, profile_at, profile_steps)
         batches = prefetch.Prefetch(iterator, place)
-        unlogged = []
+        unlogged, rolled_back = [], 0
         try:
-            for step in range(start + 1, steps + 1):
+            while step < steps:
+                step += 1
                 try:
                     batch, host_batch, iterator_state = next(batches)
                 except StopIteration:
@@ -149,7 +158,19 @@ def run(
                 save = stop or step == steps or step % save_every == 0
                 if save or step % log_every == 0:
                     unlogged = jax.device_get(unlogged)
-                    progress.refuse_nonfinite(directory, step, unlogged, saved)
+                    if (bad := guard.first_bad(unlogged)) is not None:
+                        bad_step, what = step - len(unlogged) + bad[0] + 1, bad[1]
+                        if guard.policy != "roll_back" or rolled_back == guard.patience:
+                            raise progress.went_wrong(directory, bad_step, what, saved)
+                        # The data stay where they are: behind the batches that went wrong.
+                        saved.wait()
+                        state, _ = last_good()
+                        step, unlogged, rolled_back = int(state.step), [], rolled_back + 1
+                        console.say(f"{what} at step {bad_step}: back to step {step}")
+                        console.go_back(step)
+                        writer.close()
+                        writer = MetricWriter(directory, from_step=step)
+                        continue
                     values = summarize(unlogged)
                     writer.write(step, "train", values | console.rates())
                     console.show(values)
@@ -163,6 +184,7 @@ def run(
                         ]
                         writer.write(step, "validation", summarize(results))
                 if save:
+                    rolled_back = 0
                     with console.paused():
                         saved.save(state, iterator_state)
                 if stop and step < steps:

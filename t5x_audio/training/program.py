@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from t5x_audio.training import partitioning
 from t5x_audio.training.learner import Learner, TrainState
 from t5x_audio.training.partitioning import ShardingRules
+from t5x_audio.training.step_guard import StepGuard
 
 
 class TrainProgram:
@@ -25,15 +26,22 @@ class TrainProgram:
       evaluate: (state, batch, index) -> metrics.
     """
 
-    def __init__(self, learner: Learner, mesh: Mesh, rules: ShardingRules, seed: int):
+    def __init__(
+        self,
+        learner: Learner,
+        mesh: Mesh,
+        rules: ShardingRules,
+        seed: int,
+        guard: StepGuard | None = None,
+    ):
         """`seed` decides the initial weights and the randomness of every step.
 
         UserError where sizes do not divide over the mesh.
         """
         # Before the mesh is set: a mesh of a topology without devices cannot compute even this.
         self._root = jax.random.key(seed)
-        self._learner, self.mesh = learner, mesh
-        abstract = jax.eval_shape(learner.init, self._root)
+        self._learner, self._guard, self.mesh = learner, guard or StepGuard(), mesh
+        abstract = jax.eval_shape(self._init, self._root)
         self.shardings = rules.shardings(abstract, mesh)
         self.template = partitioning.with_shardings(abstract, self.shardings)
         # A dataset of several static shapes compiles these once for each.
@@ -43,11 +51,15 @@ class TrainProgram:
     @functools.cached_property
     def init(self):
         """See the class."""
-        compiled = jax.jit(self._learner.init, out_shardings=self.shardings)
+        compiled = jax.jit(self._init, out_shardings=self.shardings)
         return functools.partial(compiled, self._root)
 
+    def _init(self, root):
+        return self._guard.init(self._learner.init(root))
+
     def _step(self, state: TrainState, batch):
-        return self._learner.step(state, batch, jax.random.fold_in(self._root, state.step))
+        rng = jax.random.fold_in(self._root, state.step)
+        return self._guard.judge(state, *self._learner.step(state, batch, rng))
 
     def _evaluate(self, state: TrainState, batch, index):
         return self._learner.evaluate(state, batch, jax.random.fold_in(self._root, index))

@@ -114,6 +114,15 @@ class Console:
         yield
         self._start += time.perf_counter() - begin
 
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self._bar.write(text, file=sys.stderr)
+
+    def go_back(self, step: int) -> None:
+        """After a roll-back."""
+        self._bar.n = step
+        self.restart_clock()
+
     def close(self) -> None:
         """Leaves the bar where it is."""
         self._bar.close()
@@ -129,17 +138,13 @@ def count(batch, key: str | None) -> float:
     return float(field.sum() if field.ndim == 1 else np.count_nonzero(field))
 
 
-def refuse_nonfinite(directory, step: int, unlogged: list, saved) -> None:
-    """UserError naming step and metric if one of the last steps, up to `step`, went wrong."""
-    bad = metrics_lib.first_bad(unlogged)
-    if bad is None:
-        return
-    index, name = bad
+def went_wrong(directory, step: int, what: str, saved) -> UserError:
+    """The error of a run that cannot go on from `step`."""
     saved.wait()
     good = saved.latest_step()
     resume = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
-    raise UserError(
-        f"{directory}: {name} is not finite at step {step - len(unlogged) + index + 1}; {resume}; "
+    return UserError(
+        f"{directory}: {what} at step {step}; {resume}; "
         "lower the learning rate or look at the data, then start again"
     )
 
