@@ -129,7 +129,11 @@ def run(
             return partitioning.place_batch(batch, mesh)
 
         writer = MetricWriter(directory, from_step=start)
-        console = progress.Console(directory, start, steps, throughput_key, throughput_unit)
+        console = progress.Console(
+            directory, start, steps, throughput_key, throughput_unit,
+            _mfu_per_token(state, mesh) if throughput_unit == "tokens" else None,
+        )  # fmt: skip
+        goodput = progress.Goodput(directory, start)
         profile = profiling.ProfileWindow(directory, profile_at, profile_steps)
         batches = prefetch.Prefetch(iterator, place)
         unlogged, rolled_back = [], 0
@@ -168,11 +172,13 @@ def run(
                         step, unlogged, rolled_back = int(state.step), [], rolled_back + 1
                         console.say(f"{what} at step {bad_step}: back to step {step}")
                         console.go_back(step)
+                        goodput.go_back(step)
                         writer.close()
                         writer = MetricWriter(directory, from_step=step)
                         continue
-                    values = summarize(unlogged)
-                    writer.write(step, "train", values | console.rates())
+                    values, rates = summarize(unlogged), console.rates()
+                    values |= learner.derived(values) | rates | goodput.add(rates)
+                    writer.write(step, "train", values)
                     console.show(values)
                     unlogged = []
                 due = step == steps or (eval_every and step % eval_every == 0)
@@ -182,7 +188,8 @@ def run(
                             compiled.evaluate(state, place(batch), index)
                             for index, batch in enumerate(dataset.eval_batches())
                         ]
-                        writer.write(step, "validation", summarize(results))
+                        values = summarize(results)
+                        writer.write(step, "validation", values | learner.derived(values))
                 if save:
                     rolled_back = 0
                     with console.paused():
@@ -197,6 +204,17 @@ def run(
     if jax.process_index() == 0:
         launch.save_operative_config(directory)  # Now with what evaluation used.
     return progress.results(directory, steps)
+
+
+def _mfu_per_token(state, mesh) -> float | None:
+    """Model FLOPs of a token over the peak of the mesh; None where the peak is not known."""
+    from t5x_audio.planning import chips
+    from t5x_audio.training import flops
+
+    chip = chips.of_device(mesh.devices.flat[0].device_kind)
+    if chip is None:
+        return None
+    return flops.model_flops_per_token(state.params) * chip.devices / (mesh.size * chip.flops)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import toy_run
 
 from t5x_audio import train
 from t5x_audio.errors import UserError
+from t5x_audio.planning import chips
 from t5x_audio.training import checkpoints, learner
 from t5x_audio.training.metrics import read_metrics
 
@@ -176,6 +178,21 @@ def test_batches_of_several_static_shapes(tmp_path):
     )
     assert result["loss"] < np.log(12)
     assert 8 * 4 < result["tokens_per_second"] / result["steps_per_second"] < 8 * 6
+
+
+def test_mfu_is_six_operations_a_weight_and_token_over_the_peak(tmp_path, monkeypatch):
+    chip = dataclasses.replace(chips.chip("v5e"), flops=1e9, kind=jax.devices()[0].device_kind)
+    monkeypatch.setitem(chips.CHIPS, "v5e", chip)
+    result = train.run(
+        learner=small_learner(),
+        dataset=toy_run.Data(),
+        steps=4,
+        model_dir=str(tmp_path),
+        throughput_key="targets",
+        throughput_unit="tokens",
+    )
+    assert result["mfu"] == pytest.approx(6 * 12 * 12 * result["tokens_per_second"] / 1e9)
+    assert 0 < result["goodput"] < 1 and result["update_norm"] > 0
 
 
 def test_bad_runs_are_one_line(uninterrupted, tmp_path):

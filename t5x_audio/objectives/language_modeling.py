@@ -11,6 +11,7 @@ dropped audio token becomes a random one of its stream. For small corpora; off b
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,15 @@ class LanguageModeling:
             counted = weights * inside
             metrics[f"loss_{stream}"] = (jnp.sum(losses * counted), counted.sum())
         return loss, metrics
+
+    def derived(self, values: dict[str, float]) -> dict[str, float]:
+        """Perplexities of the losses that are there, of all targets and per stream."""
+        names = {f"loss_{stream}": f"perplexity_{stream}" for stream in STREAMS}
+        names["loss"] = "perplexity"
+        # A loss beyond 100 nats is no likelihood any more, and exp of 710 overflows.
+        return {
+            new: math.exp(min(values[name], 100.0)) for name, new in names.items() if name in values
+        }
 
     def _ranges(self):
         """{stream: (its first id, number of ids)}."""

@@ -17,6 +17,7 @@ class Chip:
 
     Attributes:
       platform: name in a topology ('v5p:8x8x16').
+      kind: name of its devices ('TPU v5').
       flops: of bfloat16 matrix products.
       int8_ops: of int8 matrix products.
       hbm_bytes: what a program may fill, as its compiler counts.
@@ -28,6 +29,7 @@ class Chip:
     """
 
     platform: str
+    kind: str
     flops: float
     int8_ops: float
     hbm_bytes: float
@@ -47,11 +49,11 @@ _GIB = 2**30
 CHIPS = {
     chip.platform: chip
     for chip in (
-        Chip("v4", 275e12, 275e12, 31.0 * _GIB, 1.23e12, 4.5e10, 3, 262144),
-        Chip("v5e", 197e12, 394e12, 15.75 * _GIB, 8.1e11, 4.5e10, 2, 131072),
-        Chip("v5p", 459e12, 918e12, 95.0 * _GIB, 2.765e12, 9e10, 3, 262144),
-        Chip("v6e", 918e12, 1836e12, 31.25 * _GIB, 1.64e12, 9e10, 2, 524288),
-        Chip("tpu7x", 2307e12, 4614e12, 188.0 * _GIB, 7.38e12, 9e10, 3, 524288, devices=2),
+        Chip("v4", "TPU v4", 275e12, 275e12, 31.0 * _GIB, 1.23e12, 4.5e10, 3, 262144),
+        Chip("v5e", "TPU v5 lite", 197e12, 394e12, 15.75 * _GIB, 8.1e11, 4.5e10, 2, 131072),
+        Chip("v5p", "TPU v5", 459e12, 918e12, 95.0 * _GIB, 2.765e12, 9e10, 3, 262144),
+        Chip("v6e", "TPU v6 lite", 918e12, 1836e12, 31.25 * _GIB, 1.64e12, 9e10, 2, 524288),
+        Chip("tpu7x", "TPU7x", 2307e12, 4614e12, 188.0 * _GIB, 7.38e12, 9e10, 3, 524288, devices=2),
     )
 }
 
@@ -61,3 +63,8 @@ def chip(platform: str) -> Chip:
     if platform not in CHIPS:
         raise UserError(f"{platform}: no such TPU; there are {', '.join(CHIPS)}")
     return CHIPS[platform]
+
+
+def of_device(kind: str) -> Chip | None:
+    """The generation whose devices are of that kind; None for a CPU or GPU."""
+    return next((chip for chip in CHIPS.values() if chip.kind == kind), None)

@@ -13,6 +13,7 @@ from t5x_audio.planning.chips import Chip
 from t5x_audio.planning.hlo import Module
 from t5x_audio.planning.memory import DecoderMemory
 from t5x_audio.planning.step_time import Step
+from t5x_audio.training.flops import model_flops_per_token
 
 _GIB = 2.0**30
 
@@ -64,15 +65,10 @@ def flat(report: dict[str, Any]) -> dict[str, Any]:
 def training_speed(times, template, batch, pod: Pod, steps: int | None) -> dict[str, Any]:
     """Modelled rates of a training step and of a run of `steps`."""
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(template.params))
-    table = sum(
-        math.prod(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(template.params)
-        if "embedding" in jax.tree_util.keystr(path)
-    )
     tokens = max(math.prod(leaf.shape) for leaf in batch.values())
     speed: dict[str, Any] = {"parameters": parameters, "tokens_per_step": tokens}
     for model, step in times.items():
-        flops = 6 * (parameters - table) * tokens
+        flops = model_flops_per_token(template.params) * tokens
         speed[f"step_seconds_{model}"] = step.seconds
         speed[f"mfu_{model}"] = flops / (step.seconds * pod.chips * pod.chip.flops)
     seconds = times["hybrid"].seconds

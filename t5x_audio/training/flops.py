@@ -27,6 +27,26 @@ def count_flops(function, *args, **kwargs) -> int:
     return _jaxpr_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr, None)
 
 
+def model_flops_per_token(params) -> int:
+    """6 N: what a training step has to compute for a token of a language model.
+
+    The convention behind every MFU of this project (PaLM, arXiv 2204.02311, appendix B): two
+    operations for each weight forward and four backward. N leaves out the embedding's table, whose
+    rows are looked up, unless it is the head too. Attention's own products and what
+    rematerialisation computes again are left out.
+
+    Args:
+      params: a tree of arrays or ShapeDtypeStructs; table and head have these names.
+    """
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    tied = not any("head" in name.split("/") for name in leaves)
+    counted = (n for name, n in leaves.items() if tied or "embedding" not in name.split("/"))
+    return 6 * sum(counted)
+
+
 class StepFlops:
     """FLOPs of a jitted training step by the shapes of its batch and its phase, counted once."""
 

@@ -83,6 +83,11 @@ class Learner(abc.ABC):
         """`state` with the weights that training starts from. Reads the disk; not jittable."""
         return state
 
+    def derived(self, values: dict[str, float]) -> dict[str, float]:
+        """More to write of the means of one or several steps, such as perplexities of losses."""
+        del values
+        return {}
+
     def branch(self, step: int) -> int | None:
         """Which branch of its `lax.cond` (0 is false) the step after `step` takes; None: no cond.
 
@@ -153,6 +158,11 @@ class GradientLearner(Learner):
             variables=state.variables | {"model": variables},
         )
 
+    def derived(self, values: dict[str, float]) -> dict[str, float]:
+        """What the objective derives, if it does."""
+        derive = getattr(self.objective, "derived", None)
+        return derive(values) if derive else {}
+
     def _loss(self, params, variables, state, batch, rng, train):
         """-> (loss, (metrics, the model's variables after the forward))."""
         model = merge_model(self.graphdef, params, variables, train)
@@ -163,7 +173,7 @@ class GradientLearner(Learner):
         return self.objective(model, batch, rng, train)
 
     def step(self, state: TrainState, batch, rng: jax.Array) -> tuple[TrainState, Metrics]:
-        """One gradient update; adds grad_norm and learning_rate to the objective's metrics."""
+        """One update; adds learning_rate and norms of gradient and update to the metrics."""
         params = state.params["model"]
         (loss, (metrics, variables)), grads = jax.value_and_grad(self._loss, has_aux=True)(
             params, state.variables["model"], state, batch, rng, True
@@ -172,6 +182,7 @@ class GradientLearner(Learner):
         updates, opt_state = tx.update(grads, state.opt_state["model"], params)
         metrics = {"loss": mean_metric(loss)} | metrics
         metrics["grad_norm"] = mean_metric(optax.global_norm(grads))
+        metrics["update_norm"] = mean_metric(optax.global_norm(updates))
         metrics["learning_rate"] = mean_metric(self.optimizer.learning_rate(state.step))
         new_state = state.replace(
             step=state.step + 1,

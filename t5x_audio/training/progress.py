@@ -1,6 +1,7 @@
 """What surrounds the steps of the loop: signals, the console line, endings."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import tqdm
 
@@ -62,10 +64,19 @@ class Console:
       start, steps: first and last step.
       key: batch field that is counted, None for examples.
       unit: what is counted.
+      mfu_per_unit: model FLOPs of a unit over the peak of all devices, for the MFU; None for none.
     """
 
-    def __init__(self, directory, start: int, steps: int, key: str | None, unit: str):
-        self._key, self._unit = key, unit
+    def __init__(
+        self,
+        directory,
+        start: int,
+        steps: int,
+        key: str | None,
+        unit: str,
+        mfu_per_unit: float | None = None,
+    ):
+        self._key, self._unit, self._mfu_per_unit = key, unit, mfu_per_unit
         self._shown = ""
         self._bar = tqdm.tqdm(
             total=steps,
@@ -89,13 +100,16 @@ class Console:
         self._bar.update(1)
 
     def rates(self) -> dict[str, float]:
-        """Steps, units and GFLOP per second since the last call, without pauses."""
+        """Seconds of steps since the last call, without pauses, and what was done in one."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         rates = {
+            "step_seconds": seconds,
             "steps_per_second": self._steps / seconds,
             f"{self._unit}_per_second": self._units / seconds,
             "gflop_per_second": self._flops / seconds / 1e9,
         }
+        if self._mfu_per_unit is not None:
+            rates["mfu"] = self._mfu_per_unit * self._units / seconds
         if not self._steps:  # Only the first step, whose time is compilation.
             rates = {}
         self._shown = f"{self._units / seconds:,.0f} {self._unit}/s" if rates else ""
@@ -105,6 +119,8 @@ class Console:
     def show(self, values: dict[str, float]) -> None:
         """Puts the loss and the last rate on the line."""
         text = f"loss {values['loss']:.4g}" if "loss" in values else ""
+        if "mfu" in values:
+            text += f", MFU {values['mfu']:.1%}"
         self._bar.set_postfix_str(", ".join(filter(None, [text, self._shown])), refresh=False)
 
     @contextlib.contextmanager
@@ -126,6 +142,37 @@ class Console:
     def close(self) -> None:
         """Leaves the bar where it is."""
         self._bar.close()
+
+
+class Goodput:
+    """Share of the time since a run was first started that went into steps which count.
+
+    What is lost: starting, compiling, waiting for a machine, evaluation, saving, and steps that
+    were done again after a restart or a roll-back, whose lines the metrics no longer hold.
+
+    Args:
+      directory: of the run; remembers when it was first started.
+      step: at which it goes on.
+    """
+
+    def __init__(self, directory: Path, step: int):
+        self._path, self._directory = directory / "started.json", directory
+        if not self._path.exists() and jax.process_index() == 0:
+            self._path.write_text(json.dumps({"unix_seconds": time.time()}) + "\n")
+        self._started = time.time()
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            self._started = float(json.loads(self._path.read_text())["unix_seconds"])
+        self.go_back(step)
+
+    def go_back(self, step: int) -> None:
+        """Counts the steps up to `step` that the metrics hold."""
+        lines = metrics_lib.read_metrics(self._directory)
+        self._seconds = sum(line.get("step_seconds", 0.0) for line in lines if line["step"] <= step)
+
+    def add(self, rates: dict[str, float]) -> dict[str, float]:
+        """{'goodput': share in [0, 1]} after steps at these rates."""
+        self._seconds += rates.get("step_seconds", 0.0)
+        return {"goodput": min(self._seconds / max(time.time() - self._started, 1e-9), 1.0)}
 
 
 def count(batch, key: str | None) -> float:

@@ -71,6 +71,13 @@ def test_metrics():
         np.testing.assert_allclose(metrics[f"loss_{stream}"], expected, rtol=1e-5)
 
 
+def test_perplexities_are_those_of_the_losses_that_are_there():
+    derived = LanguageModeling().derived({"loss": 2.0, "loss_semantic": 1e4, "accuracy": 0.5})
+    assert derived == {
+        "perplexity": pytest.approx(np.e**2), "perplexity_semantic": pytest.approx(np.e**100)
+    }  # fmt: skip
+
+
 def test_targets_without_weight_do_not_count():
     data = batch()
     changed = data | {"targets": np.where(data["weights"] > 0, data["targets"], 0)}

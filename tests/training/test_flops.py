@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from t5x_audio.training.flops import StepFlops, count_flops
+from t5x_audio.backbone.transformer import TransformerConfig
+from t5x_audio.training.flops import StepFlops, count_flops, model_flops_per_token
 
 
 def test_matrix_product():
@@ -92,3 +94,14 @@ def run_on_4_devices():
 
 def test_all_devices_count(on_devices):
     on_devices(4, "run_on_4_devices")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_model_flops_are_six_for_each_weight_that_multiplies(tied):
+    config = TransformerConfig(
+        num_layers=3, embed=8, mlp=20, num_heads=4, num_kv_heads=2, head_dim=4, vocab_size=50,
+        tied_head=tied,
+    )  # fmt: skip
+    params = nnx.eval_shape(lambda: nnx.state(config.make(nnx.Rngs(0)), nnx.Param))
+    layer = 8 * 4 * (4 + 2 + 2 + 4) + 3 * 8 * 20 + 2 * 8
+    assert model_flops_per_token({"model": params}) == 6 * (3 * layer + 8 + 8 * 50)

@@ -81,3 +81,27 @@ def test_counts_of_a_batch():
     assert progress.count(batch, "lengths") == 8
     assert progress.count(batch, "segment_ids") == 3
     assert progress.count(batch, None) == 2
+
+
+def test_goodput_counts_every_step_once(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(progress.time, "time", lambda: now)
+    goodput, writer = progress.Goodput(tmp_path, 0), metrics.MetricWriter(tmp_path)
+
+    def line(step, seconds):
+        writer.write(step, "train", {"step_seconds": seconds})
+        return goodput.add({"step_seconds": seconds})["goodput"]
+
+    now = 1020.0
+    assert line(10, 10.0) == 0.5
+    now = 1040.0
+    assert line(20, 10.0) == 0.5
+    writer.close()
+    # Killed, and started again from step 10: the second ten seconds were in vain.
+    now = 1050.0
+    writer, goodput = metrics.MetricWriter(tmp_path, from_step=10), progress.Goodput(tmp_path, 10)
+    now = 1060.0
+    assert line(20, 8.0) == pytest.approx(18 / 60)
+    goodput.go_back(10)
+    assert goodput.add({}) == {"goodput": pytest.approx(10 / 60)}
+    writer.close()
