@@ -78,10 +78,11 @@ Nothing here was run on a TPU. XLA's TPU compiler compiled the training step of 
 or the programs of a decoder, for a pod that is not there; memory, operations and collectives are
 its own, times are modelled from them (t5x_audio/planning/step_time.py says how, and how far such a
 model was from two published runs, none of which had FSDP over a whole slice). Pallas kernels are
-taken at half of the peak, of which the compiler's schedule gives them 89 % (kernels.md); what communication costs the computation beside it is
-not known. Sums over devices are in bfloat16. MFU counts 6 operations for each token and parameter
-but the input embedding's, none for attention. A decoder is judged by the roofline: its time is that
-of bytes, which the compiler's cycles for thin matrix products overrate by half.
+taken at half of the peak, though the compiler's schedule gives them 89 % (kernels.md); what
+communication costs the computation beside it is not known. Sums over devices are in bfloat16. MFU
+counts 6 operations for each token and parameter but the input embedding's, none for attention. A
+decoder is judged by the roofline: its time is that of bytes, which the compiler's cycles for thin
+matrix products overrate by half.
 
 Made by `make pod-plans`.
 """
