@@ -79,8 +79,8 @@ def launch(
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, _interrupt)
     try:
-        if flags.distributed:
-            importlib.import_module("jax").distributed.initialize()
+        if flags.distributed is not None:
+            _join_hosts(flags.distributed)
         run = _configured_run(module, flags.gin_file, bindings, settings_of)
         given = {k: v for k, v in vars(flags).items() if k not in _OWN_FLAGS and v is not None}
         _refuse_unknown(module, given)
@@ -98,6 +98,26 @@ def launch(
         return _fail(f"no space left on the disk of {full}; free some and start again")
     print(closing_line(result or {}, flags.json), flush=True)
     return 0
+
+
+def _join_hosts(where: str) -> None:
+    """Connects this process to the others of its job. `where` is empty on TPUs."""
+    import jax
+
+    if not where:
+        jax.distributed.initialize()
+        return
+    try:
+        address, processes, index = where.split(",")
+        numbers = int(processes), int(index)
+    except ValueError:
+        raise UserError(
+            f"--distributed={where}: give ADDRESS,PROCESSES,INDEX, e.g. localhost:9876,4,0"
+        ) from None
+    if not 0 <= numbers[1] < numbers[0]:
+        raise UserError(f"--distributed={where}: INDEX goes from 0 to {numbers[0] - 1}")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, *numbers)
 
 
 def prepare_environment() -> None:
@@ -168,7 +188,11 @@ def _parse_flags(module, description, arguments, add_flags):
     parser.add_argument("--gin_file", action="append", default=[], help="repeatable; later wins")
     parser.add_argument("--model_dir", help="where the job reads or writes its model")
     parser.add_argument("--json", action="store_true", help="print the closing line as JSON")
-    parser.add_argument("--distributed", action="store_true", help="one of several hosts")
+    parser.add_argument(
+        "--distributed", nargs="?", const="", metavar="ADDRESS,PROCESSES,INDEX",
+        help="one of several hosts, which TPUs find by themselves; elsewhere say where the first "
+        "listens, how many there are and which one this is, e.g. localhost:9876,4,0",
+    )  # fmt: skip
     if add_flags is not None:
         add_flags(parser)
     bindings, rest = [], []

@@ -11,6 +11,7 @@ happens after a step that went wrong is a policy (training/step_guard.py).
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -51,8 +52,10 @@ def run(
 
     Args:
       learner: what is trained.
-      dataset: `iter(dataset)` yields numpy batches (dicts) without end and has get_state and
-        set_state; `dataset.eval_batches()`, if it exists, yields a finite number.
+      dataset: `iter(dataset)` yields global batches (dicts of numpy arrays) without end and has
+        get_state and set_state; `dataset.iterator(rows)`, if it exists, reads but the rows that a
+        host needs (data/readers.py); `dataset.eval_batches()`, if it exists, yields a finite
+        number of global batches.
       steps: updates in total, over all restarts.
       model_dir: where the run lives; default `run_dir`/`name`.
       run_dir, name: see `model_dir`.
@@ -109,6 +112,10 @@ def run(
 
         compiled = program.TrainProgram(learner, mesh, rules, seed, guard)
         iterator = iter(dataset)
+        if jax.process_count() > 1 and hasattr(dataset, "iterator"):
+            iterator = dataset.iterator(partitioning.rows_of_process(mesh, dataset.batch_size))
+        rows = getattr(iterator, "rows", None)
+        batch_size = getattr(iterator, "batch_size", None)
 
         def last_good():
             """-> (state, iterator state or None) of the last checkpoint, or of the beginning."""
@@ -125,8 +132,7 @@ def run(
 
         take_step, count_flops = compiled.step, flops.StepFlops(compiled.step)
 
-        def place(batch):
-            return partitioning.place_batch(batch, mesh)
+        place = functools.partial(partitioning.place_batch, mesh=mesh)
 
         writer = MetricWriter(directory, from_step=start)
         console = progress.Console(
@@ -135,7 +141,9 @@ def run(
         )  # fmt: skip
         goodput = progress.Goodput(directory, start)
         profile = profiling.ProfileWindow(directory, profile_at, profile_steps)
-        batches = prefetch.Prefetch(iterator, place)
+        batches = prefetch.Prefetch(
+            iterator, functools.partial(place, rows=rows, batch_size=batch_size)
+        )
         unlogged, rolled_back = [], 0
         try:
             while step < steps:
@@ -153,7 +161,9 @@ def run(
                 state, metrics = take_step(state, batch)
                 profile.after(step, metrics)
                 unlogged.append(metrics)
-                console.advance(host_batch, step_flops)
+                console.advance(
+                    host_batch, step_flops, 1 if rows is None else batch_size / len(rows)
+                )
                 if step == start + 1:
                     jax.block_until_ready(metrics)
                     console.restart_clock()  # Compilation isn't part of the rate.

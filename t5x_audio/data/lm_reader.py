@@ -3,6 +3,8 @@
 Choices:
 - Grain over ArrayRecord: an epoch is a permutation of indices drawn from the seed, so shuffling is
   global, resuming costs nothing and the state is a few integers. No TensorFlow.
+- A fixed number of readers makes the rows of a batch, so that their order is the same on any number
+  of hosts (readers.py); the mixture may change at given batches without tokenising anew.
 - Tasks are mixed by their share of *tokens*, as the published mixtures are stated (Step-Audio,
   arXiv 2502.11946, section 4), not by examples: rate / mean length.
 - Examples are packed by best fit into rows of a static length. Each keeps its own segment id
@@ -17,11 +19,12 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import grain
 import numpy as np
 
+from t5x_audio.data import readers as reading
 from t5x_audio.data import records
 from t5x_audio.errors import UserError
 
@@ -99,9 +102,10 @@ class PackedLmDataset:
     """Endless packed batches over a mixture of tasks; see the module docstring.
 
     A batch: tokens, targets, segment_ids, positions int32[B, S]; weights float32[B, S].
-    `iter()` gives a grain iterator with `get_state()` and `set_state(state)`, which are exact.
+    `iter()` gives an iterator with `get_state()` and `set_state(state)`, which are exact.
 
     Attributes:
+      mixture: task -> share of the tokens, before any change.
       dropped: task -> examples that are too long for a row.
       vocabulary_sizes: sizes of the vocabulary that the caches were made with.
     """
@@ -117,6 +121,8 @@ class PackedLmDataset:
         eval_split: str = "validation",
         max_eval_batches: int | None = None,
         open_rows: int = 64,
+        readers: int = 1,
+        changes: Mapping[int, Mapping[str, float]] | None = None,
     ):
         """Opens the caches under `<run_dir>/tasks`.
 
@@ -125,27 +131,32 @@ class PackedLmDataset:
           mixture: task -> share of the tokens; need not sum to 1, a share of 0 leaves a task out.
           split: what `iter()` reads.
           sequence_length: S.
-          batch_size: B, rows.
+          batch_size: B, rows, of all hosts together.
           seed: of the order of the examples.
           eval_split: what `eval_batches` reads; tasks without it are passed over.
           max_eval_batches: at most so many of them; None = all.
-          open_rows: rows filled side by side (at least B): more of them leave less padding, but
-            more examples are read before the first batch and again on resuming.
+          open_rows: rows that a reader fills side by side (at least its rows of a batch): more of
+            them leave less padding, but more examples are read before the first batch and again on
+            resuming.
+          readers: of which every host runs its share; a divisor of B and, for each to run one, no
+            fewer than hosts. The order of the examples depends on it.
+          changes: batch -> the mixture from that batch on.
 
         Raises:
           UserError: a cache is missing or damaged, the rates are unusable, or the tasks were
             cached with different vocabularies.
         """
-        self.mixture = _positive_rates(mixture)
+        self._phases = _phases(mixture, changes or {})
+        self.mixture = self._phases[0][1]
         self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
         self._root = os.path.join(run_dir, "tasks")
         self._eval_split, self._max_eval_batches = eval_split, max_eval_batches
-        self._open_rows = -(-max(open_rows, batch_size) // batch_size) * batch_size
+        self._readers, share = readers, reading.share_of_rows(batch_size, readers)
+        self._open_rows = -(-max(open_rows, share) // share) * share
         self._tasks = self._open(split)
         self.dropped = {name: task.dropped for name, task in self._tasks.items()}
         self.vocabulary_sizes = _common_vocabulary(self._tasks)
         self._pad = next(iter(self._tasks.values())).stats["pad"]
-        self._rows = self._pack(self._mixed())
 
     @staticmethod
     def batch_shapes(sequence_length: int = 512, batch_size: int = 8) -> BatchShapes:
@@ -153,20 +164,41 @@ class PackedLmDataset:
         return _shapes(("tokens", "targets", "segment_ids", "positions"), ("weights",),
                        batch_size, sequence_length)  # fmt: skip
 
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(name for _, mixture in self._phases for name in mixture))
+
     def _open(self, split: str) -> dict[str, CachedTask]:
         return {
             name: CachedTask(os.path.join(self._root, name), split, self.sequence_length)
-            for name in self.mixture
+            for name in self._names()
         }
 
-    def _mixed(self) -> grain.MapDataset:
+    def _mixed(self, reader: int, phase: int) -> grain.MapDataset:
+        """The examples of a reader in a phase."""
         datasets, rates = [], []
-        for name, task in self._tasks.items():
+        begun = self._read_before(phase)
+        for name, share in self._phases[phase][1].items():
+            task = self._tasks[name]
             seed = zlib.crc32(f"{self.seed}/{name}".encode())
-            datasets.append(grain.MapDataset.source(task).seed(seed).shuffle().repeat())
-            rates.append(self.mixture[name] / (float(np.mean(task.lengths)) - 1))
+            examples = grain.MapDataset.source(task).seed(seed).shuffle().repeat()
+            if self._readers > 1 or begun[name]:
+                examples = examples[begun[name] + reader :: self._readers]
+            datasets.append(examples)
+            rates.append(share / _mean_length(task))
         weights = [rate / sum(rates) for rate in rates]
         return grain.MapDataset.mix(datasets, weights)
+
+    def _read_before(self, phase: int) -> dict[str, int]:
+        """Examples of each task that the phases before have used, by their shares: padding and
+        the luck of packing leave a little to be read again, or left out.
+        """
+        begun = dict.fromkeys(self._tasks, 0)
+        for (start, mixture), (end, _) in itertools.pairwise(self._phases[: phase + 1]):
+            tokens = (end - start) * self.batch_size * self.sequence_length
+            for name, share in mixture.items():
+                used = tokens * share / sum(mixture.values())
+                begun[name] += int(used / _mean_length(self._tasks[name]))
+        return begun
 
     def _pack(self, examples: grain.MapDataset) -> grain.IterDataset:
         """Rows of length S, in an order that the seed and the examples determine."""
@@ -179,13 +211,24 @@ class PackedLmDataset:
         )
         return rows.map(_named)
 
-    def __iter__(self) -> grain.DatasetIterator:
-        return iter(self._rows.batch(self.batch_size, drop_remainder=True))
+    def __iter__(self) -> reading.GlobalBatches:
+        return self.iterator()
+
+    def iterator(self, rows: Collection[int] | None = None) -> reading.GlobalBatches:
+        """The readers that make these rows of the batch; None for all."""
+        share = reading.share_of_rows(self.batch_size, self._readers)
+
+        def make(reader: int, phase: int) -> grain.DatasetIterator:
+            packed = self._pack(self._mixed(reader, phase))
+            return iter(packed.batch(share, drop_remainder=True))
+
+        starts = [start for start, _ in self._phases]
+        return reading.GlobalBatches(make, starts, self.batch_size, self._readers, rows)
 
     def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
         """Every validation example once, tasks in proportion; the last batch padded with rows."""
         tasks = {}
-        for name in self.mixture:
+        for name in self._names():
             if records.has_split(os.path.join(self._root, name), self._eval_split):
                 directory = os.path.join(self._root, name)
                 tasks[name] = CachedTask(directory, self._eval_split, self.sequence_length)
@@ -207,6 +250,20 @@ class PackedLmDataset:
         """Share of the positions of the first batches that hold a token, in (0, 1]."""
         batches = itertools.islice(iter(self), _EFFICIENCY_BATCHES)
         return float(np.mean([np.mean(batch["segment_ids"] > 0) for batch in batches]))
+
+
+def _mean_length(task: CachedTask) -> float:
+    """Positions that an example takes."""
+    return float(np.mean(task.lengths)) - 1
+
+
+def _phases(mixture, changes) -> list[tuple[int, dict[str, float]]]:
+    """(first batch, shares) of every phase. UserError for shares or batches that cannot be."""
+    bad = [batch for batch in changes if int(batch) != batch or batch < 1]
+    if bad:
+        raise UserError(f"changes: {bad[0]!r} is no batch; a mixture changes at batch 1 or later")
+    later = sorted((int(batch), _positive_rates(shares)) for batch, shares in changes.items())
+    return [(0, _positive_rates(mixture)), *later]
 
 
 def _shapes(integers, floats, *shape: int) -> BatchShapes:

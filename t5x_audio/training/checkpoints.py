@@ -15,7 +15,6 @@ global order), so that it is valid for any number of hosts. `nnx.RngState` is sa
 continuation but not read back into a loaded model.
 """
 
-import base64
 import contextlib
 import dataclasses
 import importlib
@@ -35,7 +34,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from t5x_audio.errors import UserError
-from t5x_audio.training import partwise_arrays
+from t5x_audio.training import iterator_states, partwise_arrays
 
 _CONFIG_FILE = "model.json"
 _STEPS = "checkpoints"
@@ -410,7 +409,9 @@ class RunCheckpoints:
             return
         items = {n: _model_item(state.params[n], state.variables[n]) for n in self._model_names}
         items[_TRAINING] = ocp.args.PyTreeSave(named_arrays(self._training_part(state)))
-        items[_ITERATOR] = ocp.args.JsonSave({"state": _encode_iterator(iterator_state)})
+        items[_ITERATOR] = ocp.args.JsonSave(
+            {"state": iterator_states.of_all_hosts(iterator_state)}
+        )
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, template):
@@ -450,7 +451,7 @@ class RunCheckpoints:
             variables=variables | rest["variables"],
             opt_state=rest["opt_state"],
         )
-        return state, _decode_iterator(iterator)
+        return state, iterator_states.decode(iterator)
 
     def _training_part(self, state) -> dict[str, Any]:
         others = {n: v for n, v in state.variables.items() if n not in self._model_names}
@@ -463,31 +464,3 @@ class RunCheckpoints:
     def close(self) -> None:
         """Waits, then frees the threads."""
         self._manager.close()
-
-
-def _encode_iterator(state) -> Any:
-    """JSON values of an iterator state: bytes, or nested dicts of numbers, strings and arrays."""
-    if isinstance(state, bytes):
-        return {"base64": base64.b64encode(state).decode()}
-    if isinstance(state, dict):
-        return {"dict": [[key, _encode_iterator(value)] for key, value in state.items()]}
-    if isinstance(state, (list, tuple)):
-        return {"list": [_encode_iterator(value) for value in state]}
-    if isinstance(state, np.ndarray):
-        array = np.ascontiguousarray(state)
-        data = base64.b64encode(array.tobytes()).decode()
-        return {"array": data, "dtype": array.dtype.str, "shape": list(array.shape)}
-    return state.item() if isinstance(state, np.generic) else state
-
-
-def _decode_iterator(value) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if "base64" in value:
-        return base64.b64decode(value["base64"])
-    if "dict" in value:
-        return {key: _decode_iterator(item) for key, item in value["dict"]}
-    if "list" in value:
-        return [_decode_iterator(item) for item in value["list"]]
-    data = base64.b64decode(value["array"])
-    return np.frombuffer(data, value["dtype"]).reshape(value["shape"]).copy()

@@ -179,17 +179,40 @@ def batch_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedShardi
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def place_batch(batch, mesh: Mesh):
-    """A host's numpy batch as global arrays, sharded as `batch_sharding` says."""
-    hosts = jax.process_count()
+def rows_of_process(mesh: Mesh, batch_size: int) -> list[int]:
+    """Rows of the global batch that the devices of this process hold."""
+    sharding = batch_sharding(mesh, "rows", (batch_size,))
+    places = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (place,) in places for row in range(*place.indices(batch_size))})
+
+
+def place_batch(batch, mesh: Mesh, rows=None, batch_size: int | None = None):
+    """Numpy batches as global arrays, sharded as `batch_sharding` says.
+
+    Args:
+      batch: the global batch, or those of its rows that this process needs, and maybe others.
+      mesh: of the arrays.
+      rows: int[n], rising: which rows of the global batch `batch` has; None if all.
+      batch_size: rows of the global batch, with `rows`.
+    """
 
     def place(path, array):
         array = np.asarray(array)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        whole = (array.shape[0] * hosts, *array.shape[1:]) if array.ndim else ()
-        sharding = batch_sharding(mesh, name, whole)
-        if hosts == 1:
+        shape = array.shape
+        if rows is not None and shape:
+            shape = (batch_size, *shape[1:])
+        sharding = batch_sharding(mesh, name, shape)
+        if jax.process_count() == 1:
             return jax.device_put(array, sharding)
-        return jax.make_array_from_process_local_data(sharding, array)
+
+        def part(index):
+            if rows is None or not shape:
+                return array[index]
+            start, stop, _ = index[0].indices(batch_size)
+            first = int(np.searchsorted(rows, start))
+            return array[(slice(first, first + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree_util.tree_map_with_path(place, batch)

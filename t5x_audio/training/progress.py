@@ -92,11 +92,11 @@ class Console:
         self._start, self._steps = time.perf_counter(), 0
         self._units, self._flops = 0.0, 0.0
 
-    def advance(self, batch, flops: float = 0.0) -> None:
-        """Counts one step on a host batch, and its floating-point operations."""
+    def advance(self, batch, flops: float = 0.0, times: float = 1.0) -> None:
+        """Counts one step on `times` a host batch, and its floating-point operations."""
         self._steps += 1
         self._flops += flops
-        self._units += count(batch, self._key)
+        self._units += times * count(batch, self._key)
         self._bar.update(1)
 
     def rates(self) -> dict[str, float]:

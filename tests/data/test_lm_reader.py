@@ -158,6 +158,58 @@ def test_order_depends_on_the_seed_only(run_dir):
     assert (tokens(1) != tokens(2)).any()
 
 
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_the_order_is_the_same_on_any_number_of_hosts(run_dir, hosts):
+    dataset = make(run_dir, batch_size=8, readers=4, changes={3: {"short": 1}})
+    whole = take(iter(dataset), 6)
+    share = 8 // hosts
+    parts = [dataset.iterator(range(h * share, (h + 1) * share)) for h in range(hosts)]
+    for expected in whole[:4]:
+        rows = [next(part)["tokens"] for part in parts]
+        np.testing.assert_array_equal(np.concatenate(rows), expected["tokens"])
+    # The states of the hosts together go on on any other number of them.
+    state = {k: v for part in parts for k, v in json.loads(json.dumps(part.get_state())).items()}
+    for rows in (range(8), range(2, 4), range(3, 6)):
+        resumed = dataset.iterator(rows)
+        resumed.set_state(state)
+        held = slice(resumed.rows[0], resumed.rows[-1] + 1)
+        assert set(rows) <= set(resumed.rows.tolist())
+        for expected in whole[4:]:
+            batch = next(resumed)
+            for key, values in expected.items():
+                np.testing.assert_array_equal(batch[key], values[held])
+
+
+def test_readers_share_the_examples(run_dir):
+    found = [
+        int(example[0])
+        for batch in take(iter(make(run_dir, {"long": 1}, batch_size=4, readers=4)), 8)
+        for example, *_ in examples_of(batch)
+    ]
+    counts = np.bincount(np.array(found) // 100, minlength=60)
+    assert counts.max() <= 2 < 4 and len(found) > 45
+
+
+def test_a_mixture_changes_at_its_batch_and_goes_on_where_it_was(run_dir):
+    changes = {4: {"short": 1}, 8: {"long": 1}}
+    dataset = make(run_dir, {"long": 1}, changes=changes, batch_size=2, open_rows=2)
+    kinds, longs = [], []
+    iterator = iter(dataset)
+    for _ in range(12):
+        state = json.loads(json.dumps(iterator.get_state()))
+        batch = next(iterator)
+        starts = [int(example[0]) for example, *_ in examples_of(batch)]
+        kinds.append({"short" if start % 100 == 50 else "long" for start in starts})
+        longs.append([start // 100 for start in starts if start % 100 == 0])
+        again = iter(dataset)
+        again.set_state(state)
+        np.testing.assert_array_equal(next(again)["tokens"], batch["tokens"])
+    assert kinds == [{"long"}] * 4 + [{"short"}] * 4 + [{"long"}] * 4
+    before, after = (sum(longs[part], []) for part in (slice(0, 4), slice(8, 12)))
+    assert len(before) >= 12 and len(set(before) & set(after)) <= 3  # of one epoch of 60
+    assert dataset.mixture == {"long": 1.0} and len(list(dataset.eval_batches())) > 1
+
+
 @pytest.mark.parametrize("kind", ["packed", "preference"])
 def test_resuming_is_exact(run_dir, kind):
     def fresh():
@@ -220,6 +272,14 @@ def test_bad_input(run_dir, tmp_path):
         make(run_dir, {"long": 0})
     with pytest.raises(UserError, match="'long' is -1"):
         make(run_dir, {"long": -1})
+    with pytest.raises(UserError, match="readers=3 does not divide batch_size=4"):
+        make(run_dir, readers=3)
+    with pytest.raises(UserError, match="changes: 0 is no batch"):
+        make(run_dir, changes={0: {"long": 1}})
+    with pytest.raises(UserError, match="sum to zero"):
+        make(run_dir, changes={5: {"long": 0}})
+    with pytest.raises(UserError, match="none of reader 1: go on with as many readers"):
+        iter(make(run_dir, readers=2)).set_state(iter(make(run_dir)).get_state())
     with pytest.raises(UserError, match="long/train.*sequence_length=10"):
         make(run_dir, {"long": 1}, sequence_length=10)
     write_cache(tmp_path, "a", "train", [5, 6])
