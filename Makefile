@@ -1,6 +1,7 @@
 # make demo   the whole life of a small audio LLM on this machine (about 30 minutes on 2 cores)
 # make tiny   the same, larger (up to 2 hours); resumable, like demo
 # make test   the tests
+# make pod-test  jobs of four processes on this machine, killed and resumed (a quarter of an hour)
 # make parity comparisons with independent implementations, in an environment of their own
 # make pods   XLA's TPU compiler beside the environment, for t5x_audio.plan
 # make pod-plans  docs/results/pods.md and kernels.md (half an hour)
@@ -19,7 +20,7 @@ CONSTRAINTS := constraints/$(TAG).txt
 PIP := -m pip install --quiet --disable-pip-version-check --no-input
 export T5X_AUDIO_PIPER ?= $(abspath $(VOICE_VENV))/bin/python
 
-.PHONY: env voice pods demo tiny test lint parity pod-plans bench clean
+.PHONY: env voice pods demo tiny test lint pod-test parity pod-plans bench clean
 .DELETE_ON_ERROR:
 
 env: $(VENV)/.installed
@@ -73,6 +74,9 @@ lint: env
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports
+
+pod-test: env
+	@$(BIN)/python -m pytest -s tests/pod
 
 parity: $(PARITY_VENV)/.installed
 	@$(PARITY_VENV)/bin/python -m pytest tests/parity

@@ -1,0 +1,79 @@
+"""A job of four processes: the same losses as one process, killed and resumed bit for bit."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+
+from tests.pod import jobs
+
+STEPS = 40
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("pod")
+    jobs.write_caches(made / "run")
+    return made
+
+
+def start(folder, name, processes, *flags):
+    cache = folder / f"compiled-{processes}"
+    return jobs.Job(folder / "run", folder / name, processes, cache, *flags)
+
+
+def whole(folder, processes):
+    """The losses of an uninterrupted job; trained once."""
+    name = f"whole-{processes}"
+    if not (folder / name).exists():
+        codes = start(folder, name, processes).wait()
+        assert codes == [0] * processes, (folder / f"{name}.log").read_text()[-2000:]
+    return jobs.losses(folder / name)
+
+
+def test_four_processes_learn_what_one_learns(folder):
+    one, four = whole(folder, 1), whole(folder, 4)
+    assert sorted(one) == sorted(four) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(four.values()), list(one.values()), rtol=1e-4)
+    assert four[STEPS] < 0.7 * four[1]
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(folder, processes):
+    expected, name = whole(folder, processes), f"killed-{processes}"
+    chance, rows = random.Random(processes), []
+    # As long as a whole run takes with its programs compiled, twice over.
+    kills = 0
+    while kills < KILLS:
+        if jobs.losses(folder / name).keys() >= {STEPS}:
+            name = f"killed-{processes}-{kills}"  # finished: kill another one
+        job, begun = start(folder, name, processes), time.monotonic()
+        pause = chance.uniform(2.0, 9.0 if processes == 1 else 16.0)
+        while time.monotonic() - begun < pause and any(p.poll() is None for p in job.processes):
+            time.sleep(0.01)
+        alive = [process for process in job.processes if process.poll() is None]
+        if alive:
+            chance.choice(alive).kill()  # one host dies first
+            time.sleep(chance.uniform(0, 0.2))
+            job.kill()
+            kills += 1
+        codes = job.wait()
+        done = jobs.losses(folder / name)
+        rows.append((kills, f"{pause:.1f} s", max(done, default=0), codes))
+        assert all(done[step] == expected[step] for step in done), rows
+    codes = start(folder, name, processes).wait()
+    assert codes == [0] * processes
+    assert jobs.losses(folder / name) == expected
+    for row in rows:
+        print(*row)
+
+
+def test_a_job_goes_on_with_another_number_of_hosts(folder):
+    expected = whole(folder, 1)
+    assert start(folder, "moved", 4, "--gin.train.run.steps=15").wait() == [0] * 4
+    assert start(folder, "moved", 1).wait() == [0]
+    moved = jobs.losses(folder / "moved")
+    assert sorted(moved) == sorted(expected)
+    np.testing.assert_allclose(list(moved.values()), list(expected.values()), rtol=1e-4)
