@@ -168,7 +168,7 @@ def run(
                     jax.block_until_ready(metrics)
                     console.restart_clock()  # Compilation isn't part of the rate.
 
-                stop = signals.stop  # Read once: a signal may come at any point below.
+                stop = signals.requested()  # Once: a signal may come at any point below.
                 save = stop or step == steps or step % save_every == 0
                 if save or step % log_every == 0:
                     unlogged = jax.device_get(unlogged)

@@ -1,19 +1,26 @@
 #!/usr/bin/env bash
-# Asks for a TPU slice through queued resources and waits for nothing: see its state with
-# `gcloud compute tpus queued-resources describe`.
+# Asks for TPU slices through queued resources and returns at once: tpu_scripts/watch.sh tells when
+# they are there. Spot slices cost a fraction and can be taken away at any time (resume.sh).
 #
-#   tpu_scripts/create.sh --name pod --zone us-east5-a --type v5p-256 [--version v2-alpha-tpuv5] [--spot] [--dry-run]
+#   tpu_scripts/create.sh --name pod --zone us-east5-a --type v5p-2048 [--slices 2] [--spot]
+#     [--version v2-alpha-tpuv5] [--valid-until-duration 24h] [--dry-run]
 
 source "$(dirname "$0")/common.sh"
-TYPE="" VERSION="v2-alpha-tpuv5" SPOT=()
+TYPE="" VERSION="v2-alpha-tpuv5" MORE=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --type) TYPE="${2:?--type wants a value}"; shift 2 ;;
     --version) VERSION="${2:?--version wants a value}"; shift 2 ;;
-    --spot) SPOT=(--spot); shift ;;
+    --valid-until-duration) MORE+=("$1" "${2:?$1 wants a value}"); shift 2 ;;
+    --spot) MORE+=(--spot); shift ;;
     *) common_flag "$@"; shift "$SHIFT" ;;
   esac
 done
 require NAME ZONE TYPE
-gcloud_tpu queued-resources create "$NAME" --node-id "$NAME" --accelerator-type "$TYPE" \
-  --runtime-version "$VERSION" "${SPOT[@]}"
+if [ "$SLICES" = 1 ]; then
+  MORE+=(--node-id "$NAME")
+else
+  MORE+=(--node-count "$SLICES" --node-prefix "$NAME")
+fi
+gcloud_tpu queued-resources create "$NAME" --accelerator-type "$TYPE" --runtime-version "$VERSION" \
+  "${MORE[@]}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Deletes a slice and its queued resource; what is in the model directory stays.
+# Deletes the slices and their queued resource; what is in the bucket stays.
 #
 #   tpu_scripts/delete.sh --name pod --zone us-east5-a [--dry-run]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 
 from t5x_audio.errors import UserError
 from t5x_audio.training import metrics as metrics_lib
@@ -30,16 +31,28 @@ def run_directory(model_dir: str | None, run_dir: str | None, name: str | None) 
 
 
 class StopSignals:
-    """Within the context, SIGINT and SIGTERM set `stop` instead of raising.
+    """Within the context, SIGINT and SIGTERM ask to stop instead of raising.
 
-    The second signal raises KeyboardInterrupt at once: nothing more is saved.
+    The second signal raises KeyboardInterrupt at once: nothing more is saved. Several hosts must
+    stop at the same step, whichever of them is told to: there JAX's preemption service takes
+    SIGTERM, and SIGINT is left alone.
     """
 
     def __init__(self):
         self.stop = False
         self._previous = {}
+        self._asked = 0
+
+    def requested(self) -> bool:
+        """Whether to stop now; every host asks once a step, and all get the same answer."""
+        if jax.process_count() == 1:
+            return self.stop
+        self._asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._asked)
 
     def __enter__(self):
+        if jax.process_count() > 1:
+            return self
         if threading.current_thread() is threading.main_thread():
             for kind in (signal.SIGINT, signal.SIGTERM):
                 self._previous[kind] = signal.signal(kind, self._receive)

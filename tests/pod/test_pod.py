@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 
+from t5x_audio.training import checkpoints
 from tests.pod import jobs
 
 STEPS = 40
@@ -68,6 +69,19 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(folder, processes):
     assert jobs.losses(folder / name) == expected
     for row in rows:
         print(*row)
+
+
+def test_one_host_that_is_told_to_stop_stops_all_of_them_with_everything_saved(folder):
+    expected = whole(folder, 4)
+    job = start(folder, "stopped", 4)
+    while len(jobs.losses(folder / "stopped")) < 7:
+        time.sleep(0.05)
+    job.processes[2].terminate()
+    assert job.wait() == [130] * 4
+    done = jobs.losses(folder / "stopped")
+    assert checkpoints.checkpoint_steps(folder / "stopped")[-1] == max(done) < STEPS
+    assert start(folder, "stopped", 4).wait() == [0] * 4
+    assert jobs.losses(folder / "stopped") == expected
 
 
 def test_a_job_goes_on_with_another_number_of_hosts(folder):
