@@ -11,6 +11,8 @@ from tests.pod import jobs
 
 STEPS = 40
 KILLS = 20
+# Steps, and seconds within which to kill: some strike before the first step, most behind it.
+KILLED = {1: (400, (2.0, 9.0)), 4: (150, (4.0, 16.0))}
 
 
 @pytest.fixture(scope="module")
@@ -20,55 +22,58 @@ def folder(tmp_path_factory):
     return made
 
 
-def start(folder, name, processes, *flags):
+def start(folder, name, processes, *flags, steps=STEPS):
     cache = folder / f"compiled-{processes}"
+    flags = (f"--gin.STEPS={steps}", *flags)
     return jobs.Job(folder / "run", folder / name, processes, cache, *flags)
 
 
-def whole(folder, processes):
+def whole(folder, processes, steps=STEPS):
     """The losses of an uninterrupted job; trained once."""
-    name = f"whole-{processes}"
+    name = f"whole-{processes}-{steps}"
     if not (folder / name).exists():
-        codes = start(folder, name, processes).wait()
+        codes = start(folder, name, processes, steps=steps).wait()
         assert codes == [0] * processes, (folder / f"{name}.log").read_text()[-2000:]
-    return jobs.losses(folder / name)
+    losses = jobs.losses(folder / name)
+    assert sorted(losses) == list(range(1, steps + 1))
+    return losses
 
 
 def test_four_processes_learn_what_one_learns(folder):
     one, four = whole(folder, 1), whole(folder, 4)
-    assert sorted(one) == sorted(four) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(four.values()), list(one.values()), rtol=1e-4)
     assert four[STEPS] < 0.7 * four[1]
 
 
-@pytest.mark.parametrize("processes", [1, 4])
-def test_killed_at_any_moment_it_goes_on_bit_for_bit(folder, processes):
-    expected, name = whole(folder, processes), f"killed-{processes}"
-    chance, rows = random.Random(processes), []
-    # As long as a whole run takes with its programs compiled, twice over.
-    kills = 0
+@pytest.mark.parametrize("processes", KILLED)
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(folder, processes, capsys):
+    steps, moments = KILLED[processes]
+    expected, chance = whole(folder, processes, steps), random.Random(processes)
+    rows, kills, runs = [], 0, 0
     while kills < KILLS:
-        if jobs.losses(folder / name).keys() >= {STEPS}:
-            name = f"killed-{processes}-{kills}"  # finished: kill another one
-        job, begun = start(folder, name, processes), time.monotonic()
-        pause = chance.uniform(2.0, 9.0 if processes == 1 else 16.0)
-        while time.monotonic() - begun < pause and any(p.poll() is None for p in job.processes):
+        name = f"killed-{processes}-{runs}"
+        job, begun = start(folder, name, processes, steps=steps), time.monotonic()
+        pause = chance.uniform(*moments)
+        while time.monotonic() - begun < pause and all(p.poll() is None for p in job.processes):
             time.sleep(0.01)
-        alive = [process for process in job.processes if process.poll() is None]
-        if alive:
-            chance.choice(alive).kill()  # one host dies first
+        killed = all(process.poll() is None for process in job.processes)
+        if killed:
+            chance.choice(job.processes).kill()  # one host dies first
             time.sleep(chance.uniform(0, 0.2))
             job.kill()
-            kills += 1
         codes = job.wait()
         done = jobs.losses(folder / name)
-        rows.append((kills, f"{pause:.1f} s", max(done, default=0), codes))
+        saved = checkpoints.checkpoint_steps(folder / name)
+        rows.append((name, killed, f"{pause:.1f} s", max(done, default=0), saved[-1:]))
         assert all(done[step] == expected[step] for step in done), rows
-    codes = start(folder, name, processes).wait()
-    assert codes == [0] * processes
+        assert killed or codes == [0] * processes, (folder / f"{name}.log").read_text()[-2000:]
+        kills, runs = kills + killed, runs + (not killed)
+    assert start(folder, name, processes, steps=steps).wait() == [0] * processes
     assert jobs.losses(folder / name) == expected
-    for row in rows:
-        print(*row)
+    with capsys.disabled():
+        print("\nrun, killed, after, last step logged, last step saved")
+        for row in rows:
+            print(*row)
 
 
 def test_one_host_that_is_told_to_stop_stops_all_of_them_with_everything_saved(folder):
