@@ -154,23 +154,42 @@ def write_corpus(
     Returns:
       The summary: clips and hours per split and in all, and `info`.
     """
-    directory = str(directory)
-    summary = {"clips": 0, "hours": 0.0, "splits": {}}
+    directory, counts = str(directory), {}
     for split, stream in clips.items():
         count, seconds = 0, 0.0
         with records.RecordWriter(directory, split, num_shards) as writer:
             for clip in stream:
                 writer.write(clip.to_record())
                 count, seconds = count + 1, seconds + clip.duration
-        summary["splits"][split] = {"clips": count, "hours": round(seconds / 3600, 4)}
-        summary["clips"] += count
-        summary["hours"] = round(summary["hours"] + seconds / 3600, 4)
+        counts[split] = (count, seconds)
     if questions is not None:
         lines = "".join(json.dumps(row) + "\n" for row in questions)
         write_text(os.path.join(directory, QUESTIONS_FILE), lines)
+    return write_summary(directory, counts, info)
+
+
+def write_summary(
+    directory: str, counts: Mapping[str, tuple[int, float]], info: Mapping | None = None
+) -> dict:
+    """Writes corpus.json, which makes a corpus whole; returns what `read_summary` will.
+
+    Args:
+      directory: of the corpus.
+      counts: split -> (clips, seconds).
+      info: further facts.
+    """
+    splits = {
+        split: {"clips": number, "hours": round(seconds / 3600, 4)}
+        for split, (number, seconds) in counts.items()
+    }
+    summary = {
+        "clips": sum(number for number, _ in counts.values()),
+        "hours": round(sum(seconds for _, seconds in counts.values()) / 3600, 4),
+        "splits": splits,
+    }
     text = json.dumps(summary | dict(info or {}), indent=1)
     write_text(os.path.join(directory, SUMMARY_FILE), text + "\n")
-    return json.loads(text)  # as `read_summary` will return it
+    return json.loads(text)
 
 
 def write_text(path: str, text: str) -> None:
