@@ -1,3 +1,7 @@
+import pathlib
+import re
+import types
+
 import numpy as np
 import pytest
 import seqio
@@ -160,16 +164,25 @@ def test_no_tokens(tmp_path, vocabulary):
     assert examples("text")
 
 
-def test_a_new_task_is_short(vocabulary, clips):
-    from tasks.registration import CODES, TEXT, add_task
-
+def test_the_task_of_the_docs_is_short_and_works(vocabulary, run_dir):
+    page = (pathlib.Path(__file__).parents[2] / "docs/tasks.md").read_text()
+    (code,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    body = code[code.index("def register") :]
+    assert len(body.strip().splitlines()) < 20
+    names = {}
+    exec(code, names)
+    clips = [
+        corpus.Clip(f"c{i}", text, np.arange(5, dtype=np.int32), "", "", "", "")
+        for i, text in enumerate(("one", "two words", "three"))
+    ]
+    few = types.SimpleNamespace(clips=lambda split: clips)
     layouts = Layouts(vocabulary)
-    add_task(
-        "answers_only",
-        vocabulary=vocabulary,
-        source=lambda split: (c._asdict() for c in clips[split] if c.role == "answer"),
-        spec={"id": TEXT, "codes": CODES},
-        layout=lambda example: layouts.continuation(example["codes"]),
-        splits=["train"],
-    )
-    assert len(examples("answers_only")) == 4
+    assert names["register"](few, layouts) == ["spelling"]
+    task, found = seqio.get_mixture_or_task("spelling"), examples("spelling")
+    assert [example["text"] for example in found] == [b"one", b"three"]
+    said = [
+        task.postprocess_fn(example["tokens"], example=example, is_target=True) for example in found
+    ]
+    assert said == ["o n e", "t h r e e"]
+    (metric,) = task.metric_fns
+    assert metric(said, ["o n e", "t r e e"]) == {"right": 0.5}
