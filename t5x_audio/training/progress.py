@@ -48,7 +48,8 @@ class StopSignals:
         if jax.process_count() == 1:
             return self.stop
         self._asked += 1
-        return multihost_utils.reached_preemption_sync_point(self._asked)
+        self.stop = self.stop or multihost_utils.reached_preemption_sync_point(self._asked)
+        return self.stop
 
     def __enter__(self):
         if jax.process_count() > 1:
