@@ -12,7 +12,7 @@ from tests.pod import jobs
 STEPS = 40
 KILLS = 20
 # Steps, and seconds within which to kill: some strike before the first step, most behind it.
-KILLED = {1: (400, (2.0, 9.0)), 4: (150, (4.0, 16.0))}
+KILLED = {1: (400, (2.0, 9.0)), 4: (100, (10.0, 35.0))}
 
 
 @pytest.fixture(scope="module")
