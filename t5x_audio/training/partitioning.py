@@ -136,7 +136,8 @@ class ShardingRules:
         """A tree like `state` (a TrainState or any part of it) of NamedShardings.
 
         Optimiser moments are Variables with the axes of their parameters and shard like them;
-        arrays without logical axes, and factored moments of another rank, are replicated.
+        arrays without logical axes, and factored moments of another rank or of one element, are
+        replicated.
         """
 
         def of(path, node):
@@ -144,7 +145,8 @@ class ShardingRules:
             axes = getattr(node, "logical_axes", None)
 
             def one(leaf):
-                if axes is None or (len(axes) != leaf.ndim and "opt_state" in name):
+                factored = axes is not None and (len(axes) != leaf.ndim or leaf.size == 1)
+                if axes is None or (factored and "opt_state" in name):
                     return NamedSharding(mesh, P())
                 return NamedSharding(mesh, self.spec(axes, leaf.shape, mesh, name))
 

@@ -40,6 +40,20 @@ def test_every_macro_is_set_by_every_size(parsed, path):
         parsed(model, path).finalize()
 
 
+@pytest.mark.parametrize("kind", ["AdamW", "Adafactor", "Muon"])
+@pytest.mark.parametrize("run", ["pretrain_stage1", "pretrain_stage3", "sft1", "dpo"])
+def test_every_stage_takes_any_optimiser(parsed, run, kind):
+    gin = parsed("gin/models/tiny.gin", f"gin/runs/{run}.gin")
+    gin.parse_config(f"OPTIMIZER = @optimizers.{kind}()")
+    learner = "PreferenceLearner" if run == "dpo" else "GradientLearner"
+    made = gin.get_configurable(f"learner.{learner}")().optimizer
+    stage = {"pretrain_stage1": "STAGE1", "pretrain_stage3": "STAGE3"}.get(run, run.upper())
+    assert type(made).__name__ == kind
+    assert made.peak_lr == gin.query_parameter(f"{stage}_PEAK_LR/gin.macro.value")
+    assert made.embedding_lr_multiplier == (5.0 if stage == "STAGE1" else 1.0)
+    assert made.schedule == ("constant" if stage == "STAGE1" else "cosine")
+
+
 def test_the_job_by_its_gin_file(run_dir, capsys):
     arguments = ["--gin_file=gin/models/toy.gin", "--gin_file=gin/runs/cache_tasks.gin", "--json"]
     arguments += [f"--gin.RUN_DIR={run_dir}", f"--model_dir={run_dir}/all_tasks"]

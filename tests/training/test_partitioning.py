@@ -8,6 +8,7 @@ import toy_run
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from t5x_audio.backbone.transformer import TransformerConfig
 from t5x_audio.errors import UserError
 from t5x_audio.training import checkpoints, learner, optimizers, partitioning
 
@@ -87,6 +88,24 @@ def test_moments_shard_like_their_parameters_and_the_rest_is_replicated():
         assert jax.tree.leaves(tree["table"])[0].spec == P("tensor", "fsdp")
     assert jax.tree.leaves(adam.count)[0].spec == P()
     assert jax.tree.leaves(shardings.variables["model"]["norm"]["mean"])[0].spec == P()
+
+
+@pytest.mark.parametrize("kind", [optimizers.AdamW, optimizers.Adafactor, optimizers.Muon])
+def test_every_optimiser_shards_over_a_mesh(kind):
+    backbone = TransformerConfig(
+        num_layers=2, embed=256, mlp=512, num_heads=4, num_kv_heads=2, head_dim=64, vocab_size=512
+    )
+    rule = kind(peak_lr=1e-2, schedule="constant")
+    made = learner.GradientLearner(backbone, toy_run.NextToken(), rule)
+    abstract, mesh = jax.eval_shape(made.init, jax.random.key(0)), mesh_of(fsdp=4, tensor=2)
+
+    def held(leaf, sharding):
+        return np.prod(sharding.shard_shape(leaf.shape))
+
+    sizes = jax.tree.map(held, abstract.opt_state, RULES.shardings(abstract, mesh).opt_state)
+    whole = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+    # The moments of matrices lie over all devices; what is replicated is small.
+    assert sum(jax.tree.leaves(sizes)) < (0.05 if kind is optimizers.Adafactor else 0.3) * whole
 
 
 def test_batch_that_does_not_divide_is_named():
