@@ -163,7 +163,8 @@ def _backward_turn(
 class _Tiling:
     """Sizes of a call, and its blocks: the grid is (batch, group, outer block, inner block).
 
-    `queries` and `keys` are padded to whole blocks; the queries are `chunks` of equal length.
+    `queries` and `keys` are padded to whole blocks. The queries are the last of the keys or, not
+    `whole`, `chunks` of equal length that stand anywhere.
     """
 
     batch: int
@@ -174,6 +175,7 @@ class _Tiling:
     dim: int
     block: int
     chunks: int
+    whole: bool
 
     @classmethod
     def of(cls, query, key, starts, block_size: int):
@@ -188,9 +190,8 @@ class _Tiling:
             block = -(-block // 2 // LANES) * LANES
         while starts is not None and chunk % block:
             block -= LANES
-        whole = lambda n: -(-n // block) * block  # noqa: E731
-        keys = whole(key.shape[2])
-        return cls(batch, groups, heads, whole(length), keys, dim, block, chunks)
+        queries, keys = (-(-n // block) * block for n in (length, key.shape[2]))
+        return cls(batch, groups, heads, queries, keys, dim, block, chunks, starts is None)
 
     def pad(self, x, axis: int, length: int, value=0):
         """`x` with `value` behind `axis` up to a length."""
@@ -272,11 +273,14 @@ class _Tiling:
         return [row, column]
 
     def cost(self, products: int, arrays) -> pl.CostEstimate:
-        """Of the half of the blocks that are computed, with their diagonal.
+        """Of the blocks that are computed, those on the diagonal among them.
 
         Chunks are taken to stand so that on average they see half of the keys.
         """
-        pairs = self.batch * self.groups * self.heads * self.queries * (self.keys + self.block) // 2
+        seen = self.keys + self.block
+        if self.whole:
+            seen = 2 * self.keys - self.queries + self.block
+        pairs = self.batch * self.groups * self.heads * self.queries * seen // 2
         return pl.CostEstimate(
             flops=2 * products * pairs * self.dim,
             transcendentals=pairs + pairs // self.heads,
