@@ -33,7 +33,7 @@ count() {
   echo $((n + 1)) > "$CALLS.$1"
   echo "$n"
 }
-states=(ACTIVE ACTIVE ACTIVE SUSPENDED SUSPENDED ACTIVE ACTIVE)
+states=(PROVISIONING ACTIVE ACTIVE SUSPENDED SUSPENDED FAILED ACTIVE ACTIVE)
 looks=(RUNNING "" "done: step=9")
 case "$*" in
   *describe*) echo "${states[$(count describe)]}" ;;
@@ -110,7 +110,7 @@ def test_the_job_keeps_its_quotes_and_starts_on_every_host(tmp_path):
 
 
 def test_a_job_is_seen_through_a_preemption(tmp_path):
-    """With a gcloud that answers as the cloud would: preempted once, then done."""
+    """With a gcloud that answers as the cloud would: preempted, refused once, then done."""
     gcloud = tmp_path / "gcloud"
     gcloud.write_text(FAKE_GCLOUD)
     gcloud.chmod(0o755)
@@ -120,7 +120,7 @@ def test_a_job_is_seen_through_a_preemption(tmp_path):
     assert result.returncode == 0, result.stderr
     calls = [line.split()[2:4] for line in (tmp_path / "calls").read_text().splitlines()]
     asked = [verb for kind, verb in calls if kind == "queued-resources"]
-    assert asked.count("create") == 1 and asked.count("delete") == 1
+    assert asked.count("create") == 2 and asked.count("delete") == 2
     assert asked.index("delete") < asked.index("create")
     # Two rounds of two set-up commands and a start, three looks.
     assert sum(kind == "tpu-vm" for kind, _ in calls) == 2 * (2 + 1) + 3

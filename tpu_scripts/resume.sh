@@ -7,13 +7,13 @@
 #     --bucket BUCKET [--slices N] [--spot] [--every 60] [--dry-run] -- t5x_audio.train --gin_file=...
 
 source "$(dirname "$0")/common.sh"
-HERE="$(dirname "$0")" CREATE=() SETUP=() WATCH=() COMMON=()
+HERE="$(dirname "$0")" EVERY=60 CREATE=() SETUP=() COMMON=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --type | --version | --valid-until-duration) CREATE+=("$1" "${2:?$1 wants a value}"); shift 2 ;;
     --spot) CREATE+=(--spot); shift ;;
     --repo | --commit | --bucket) SETUP+=("$1" "${2:?$1 wants a value}"); shift 2 ;;
-    --every) WATCH+=("$1" "${2:?$1 wants a value}"); shift 2 ;;
+    --every) EVERY="${2:?--every wants a value}"; shift 2 ;;
     --) shift; break ;;
     *) common_flag "$@"; COMMON+=("${@:1:$SHIFT}"); shift "$SHIFT" ;;
   esac
@@ -25,25 +25,28 @@ state() {
   gcloud_tpu queued-resources describe "$NAME" --format 'value(state.state)' 2>/dev/null || echo NONE
 }
 
+create() {
+  "$HERE/create.sh" "${COMMON[@]}" "${CREATE[@]}"
+}
+
 while true; do
   found="$(state)"
   case "$found" in
     ACTIVE) ;;
-    NONE) "$HERE/create.sh" "${COMMON[@]}" "${CREATE[@]}" ;;
-    SUSPENDED | FAILED)
-      "$HERE/delete.sh" "${COMMON[@]}"
-      "$HERE/create.sh" "${COMMON[@]}" "${CREATE[@]}"
+    gcloud*) echo "$found"; create ;; # printed, not run: one round is shown
+    *)
+      # What was taken away or given up while it was waited for is asked for again.
+      case "$found" in
+        NONE) create ;;
+        SUSPENDED | FAILED) "$HERE/delete.sh" "${COMMON[@]}"; create ;;
+      esac
+      sleep "$EVERY"
+      continue
       ;;
-    gcloud*) # printed, not run: one round is shown
-      echo "$found"
-      "$HERE/create.sh" "${COMMON[@]}" "${CREATE[@]}"
-      ;;
-    *) sleep 60; continue ;;
   esac
-  until [ "$DRY_RUN" = 1 ] || [ "$(state)" = ACTIVE ]; do sleep 30; done
   "$HERE/setup.sh" "${COMMON[@]}" "${SETUP[@]}"
   "$HERE/launch.sh" "${COMMON[@]}" -- "$@"
   code=0
-  "$HERE/watch.sh" "${COMMON[@]}" "${WATCH[@]}" || code=$?
+  "$HERE/watch.sh" "${COMMON[@]}" --every "$EVERY" || code=$?
   [ "$code" = 3 ] || exit "$code"
 done

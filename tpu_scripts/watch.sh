@@ -15,7 +15,7 @@ done
 require NAME ZONE
 look="cd $REMOTE && tr '\\r' '\\n' < job.log | tail -n 3; kill -0 \$(cat job.pid) 2>/dev/null && echo RUNNING"
 while true; do
-  state="$(gcloud_tpu queued-resources describe "$NAME" --format 'value(state.state)')"
+  state="$(gcloud_tpu queued-resources describe "$NAME" --format 'value(state.state)' || echo UNKNOWN)"
   echo "$state"
   lines="$(gcloud_tpu tpu-vm ssh "$(nodes | head -n 1)" --worker 0 --command "$look" || true)"
   echo "$lines"

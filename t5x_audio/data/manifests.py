@@ -5,9 +5,10 @@ A manifest has one recording a line, as NeMo, ESPnet and others write them:
     {"audio": "a/b.flac", "text": "what is said", "speaker": "anna", "id": "b", "split": "train"}
 
 `audio` is a file, relative to the manifest; `audio_filepath` is understood too. `offset` and
-`duration` in seconds cut a part out of it. Only `audio` must be there: `text` may be missing where
-nothing but the sound is learnt, `id` is the path without its ending, and a `split` follows from the
-id. TFDS builders are read under the field names of librispeech, common_voice and the like.
+`duration` in seconds cut a part out of it; a `duration` alone changes nothing. Only `audio` must be
+there: `text` may be missing where nothing but the sound is learnt, `id` is the path without its
+ending, and a `split` follows from the id. TFDS builders are read under the field names of
+librispeech, common_voice and the like.
 """
 
 import dataclasses
