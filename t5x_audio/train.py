@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from t5x_audio.training.learner import Learner
     from t5x_audio.training.partitioning import MeshShape, ShardingRules
     from t5x_audio.training.step_guard import StepGuard
+    from tasks.evaluation import TaskEvaluation
 
 
 def run(
@@ -47,6 +48,7 @@ def run(
     xla_flags: Sequence[str] = (),
     executable: str | None = None,
     guard: "StepGuard | None" = None,
+    answers: "TaskEvaluation | None" = None,
 ) -> dict[str, Any]:
     """Trains until `steps`, continuing from the latest checkpoint in the directory.
 
@@ -54,8 +56,8 @@ def run(
       learner: what is trained.
       dataset: `iter(dataset)` yields global batches (dicts of numpy arrays) without end and has
         get_state and set_state; `dataset.iterator(rows)`, if it exists, reads but the rows that a
-        host needs (data/readers.py); `dataset.eval_batches()`, if it exists, yields a finite
-        number of global batches.
+        host needs (data/readers.py); `dataset.eval_sets()`, if it exists, gives {name: a finite
+        number of global batches}, whose metrics are written together and one by one.
       steps: updates in total, over all restarts.
       model_dir: where the run lives; default `run_dir`/`name`.
       run_dir, name: see `model_dir`.
@@ -72,6 +74,7 @@ def run(
       executable: the compiled step, a file of `plan --save_executable`, for a dataset whose batches
         have one shape; None compiles it here.
       guard: what becomes of a step that went wrong; by default the run stops.
+      answers: SeqIO tasks whose examples the model answers every so often, judged by their metrics.
 
     Returns:
       model_dir, step, the last train and validation metrics.
@@ -192,14 +195,14 @@ def run(
                     console.show(values)
                     unlogged = []
                 due = step == steps or (eval_every and step % eval_every == 0)
-                if due and hasattr(dataset, "eval_batches"):
+                if due and hasattr(dataset, "eval_sets"):
                     with console.paused():
-                        results = [
-                            compiled.evaluate(state, place(batch), index)
-                            for index, batch in enumerate(dataset.eval_batches())
-                        ]
-                        values = summarize(results)
-                        writer.write(step, "validation", values | learner.derived(values))
+                        for split, values in _validate(compiled, state, dataset, place).items():
+                            writer.write(step, split, values | learner.derived(values))
+                if answers is not None and (step == steps or step % answers.every == 0):
+                    with console.paused():
+                        for task, values in answers(learner.live(state)).items():
+                            writer.write(step, f"validation/{task}", values)
                 if save:
                     rolled_back = 0
                     with console.paused():
@@ -214,6 +217,20 @@ def run(
     if jax.process_index() == 0:
         launch.save_operative_config(directory)  # Now with what evaluation used.
     return progress.results(directory, steps)
+
+
+def _validate(compiled, state, dataset, place) -> dict[str, dict[str, float]]:
+    """{'validation': means over all sets, 'validation/<set>': of each, where there are several}."""
+    from t5x_audio.training.metrics import summarize
+
+    results = {
+        name: [compiled.evaluate(state, place(batch), index) for index, batch in enumerate(batches)]
+        for name, batches in dataset.eval_sets().items()
+    }
+    together = {"validation": summarize([one for some in results.values() for one in some])}
+    if len(results) < 2:
+        return together
+    return together | {f"validation/{name}": summarize(some) for name, some in results.items()}
 
 
 def _mfu_per_token(state, mesh) -> float | None:

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from t5x_audio.backbone import decoding_weights
 from t5x_audio.backbone.mesh import STREAM_AXES, constrain
@@ -97,6 +98,7 @@ class Decoder:
         max_new_tokens: int = 512,
         block: int = 16,
         seed: int = 0,
+        width: int = 0,
     ) -> Iterator[np.ndarray]:
         """Yields int32[B, n], the next n <= `block` tokens of every row, until all have ended.
 
@@ -107,13 +109,15 @@ class Decoder:
           max_new_tokens: bound of the answer's length.
           block: tokens between two yields.
           seed: of the draws; a row's tokens depend on it and on the batch.
+          width: prompts are padded to at least so many tokens; the same for batches of all lengths
+            compiles one program for them.
 
         Rows that have ended (after a token of `stop_ids`) hold PADDING.
 
         Raises:
           UserError: an empty batch or prompt, an id outside the vocabulary, a grammar of another.
         """
-        tokens, lengths = self._pad(prompts)
+        tokens, lengths = self._pad(prompts, width)
         tables = self._tables(grammar)
         steps = -(-max_new_tokens // block) * block
         cache, logits, position = prefill(self._graphdef, self._weights, tokens, lengths, steps)
@@ -123,7 +127,7 @@ class Decoder:
             state, produced, count = decode_block(
                 self._graphdef, self._weights, state, tables, sampling, self._stop_ids, block
             )
-            produced = np.asarray(produced)[:, : min(int(count), left)]
+            produced = _on_every_host(produced)[:, : min(int(count), left)]
             yield produced
             left -= block
             if bool(state.finished.all()):
@@ -135,11 +139,11 @@ class Decoder:
         rows = np.concatenate(blocks, 1)
         return [row[row != PADDING] for row in rows]
 
-    def _pad(self, prompts):
+    def _pad(self, prompts, width: int):
         if not len(prompts) or not all(len(p) for p in prompts):
             raise UserError("nothing to continue: a batch needs prompts of one token or more")
         lengths = np.array([len(p) for p in prompts], np.int32)
-        width = -(-int(lengths.max()) // _PROMPT_BUCKET) * _PROMPT_BUCKET
+        width = -(-max(int(lengths.max()), width) // _PROMPT_BUCKET) * _PROMPT_BUCKET
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
@@ -162,6 +166,13 @@ class Decoder:
         return tuple(
             jnp.asarray(t) for t in (grammar.token_class, grammar.allowed, grammar.next_state)
         )
+
+
+def _on_every_host(x: jax.Array) -> np.ndarray:
+    """The whole of an array whose rows may lie on several hosts."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

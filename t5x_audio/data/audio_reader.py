@@ -95,12 +95,12 @@ class _Batches:
         bucket, chosen = plan[place]
         return self._make(index, bucket, chosen, np.random.default_rng([plan.seed, 1, place]))
 
-    def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of the validation split in a fixed order; none when there is no such split."""
+    def eval_sets(self) -> dict[str, Iterator[dict[str, np.ndarray]]]:
+        """'clips' -> batches of the validation split in a fixed order; {} without such a split."""
         found = self._evaluation()
-        if found is None:
-            return
-        plan, index = found
+        return {} if found is None else {"clips": self._in_order(*found)}
+
+    def _in_order(self, plan, index) -> Iterator[dict[str, np.ndarray]]:
         count = plan.batches_per_epoch
         if self.max_eval_batches is not None:
             # Spread over the lengths, not the shortest only.

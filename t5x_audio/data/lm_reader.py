@@ -133,8 +133,8 @@ class PackedLmDataset:
           sequence_length: S.
           batch_size: B, rows, of all hosts together.
           seed: of the order of the examples.
-          eval_split: what `eval_batches` reads; tasks without it are passed over.
-          max_eval_batches: at most so many of them; None = all.
+          eval_split: what `eval_sets` reads; tasks without it are passed over.
+          max_eval_batches: at most so many of them, of all tasks; None = all.
           open_rows: rows that a reader fills side by side (at least its rows of a batch): more of
             them leave less padding, but more examples are read before the first batch and again on
             resuming.
@@ -225,18 +225,26 @@ class PackedLmDataset:
         starts = [start for start, _ in self._phases]
         return reading.GlobalBatches(make, starts, self.batch_size, self._readers, rows)
 
-    def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """Every validation example once, tasks in proportion; the last batch padded with rows."""
-        tasks = {}
-        for name in self._names():
-            if records.has_split(os.path.join(self._root, name), self._eval_split):
-                directory = os.path.join(self._root, name)
-                tasks[name] = CachedTask(directory, self._eval_split, self.sequence_length)
-        if not tasks:
-            return iter(())
-        rows = iter(self._pack(grain.MapDataset.source(_InProportion(list(tasks.values())))))
-        batches = (self._whole(chunk) for chunk in _chunks(rows, self.batch_size))
-        return itertools.islice(batches, self._max_eval_batches)
+    def eval_sets(self) -> dict[str, Iterator[dict[str, np.ndarray]]]:
+        """Task -> every validation example once, packed; its last batch is filled with empty rows.
+
+        Of `max_eval_batches` a task gets its part by tokens, but one batch at least.
+        """
+        root, split = self._root, self._eval_split
+        tasks = {
+            name: CachedTask(os.path.join(root, name), split, self.sequence_length)
+            for name in self._names()
+            if records.has_split(os.path.join(root, name), split)
+        }
+        tokens = {name: int(task.lengths.sum()) for name, task in tasks.items()}
+        sets = {}
+        for name, task in tasks.items():
+            rows = iter(self._pack(grain.MapDataset.source(task)))
+            batches = map(self._whole, _chunks(rows, self.batch_size))
+            if (most := self._max_eval_batches) is not None:
+                most = max(1, round(most * tokens[name] / sum(tokens.values())))
+            sets[name] = itertools.islice(batches, most)
+        return sets
 
     def _whole(self, rows: list[dict]) -> dict[str, np.ndarray]:
         empty = {key: np.zeros_like(value) for key, value in rows[0].items()}
@@ -313,10 +321,10 @@ class PreferenceDataset:
         rows = examples.map(self._row).to_iter_dataset(_READ)
         return iter(rows.batch(self.batch_size, drop_remainder=True))
 
-    def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """Whole batches of validation pairs, each pair at most once; the remainder is left out."""
+    def eval_sets(self) -> dict[str, Iterator[dict[str, np.ndarray]]]:
+        """The task's name -> whole batches of validation pairs, each pair at most once."""
         if not records.has_split(self._directory, self._eval_split):
-            return iter(())
+            return {}
         task = CachedTask(self._directory, self._eval_split, self.sequence_length)
         rows = (self._row(task[i]) for i in range(len(task)))
         batches = (
@@ -324,27 +332,8 @@ class PreferenceDataset:
             for chunk in _chunks(rows, self.batch_size)
             if len(chunk) == self.batch_size
         )
-        return itertools.islice(batches, self._max_eval_batches)
-
-
-class _InProportion:
-    """Several tasks read evenly: after any share of the whole, that share of each was read."""
-
-    def __init__(self, tasks: list[CachedTask]):
-        self._tasks = tasks
-        sizes = [len(task) for task in tasks]
-        places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
-        task_ids = np.repeat(np.arange(len(tasks)), sizes)
-        indices = np.concatenate([np.arange(size) for size in sizes])
-        order = np.argsort(places, kind="stable")
-        self._order = list(zip(task_ids[order].tolist(), indices[order].tolist(), strict=True))
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: int) -> dict:
-        task, within = self._order[index]
-        return self._tasks[task][within]
+        name = os.path.basename(self._directory)
+        return {name: itertools.islice(batches, self._max_eval_batches)}
 
 
 def _columns(example: dict) -> dict:

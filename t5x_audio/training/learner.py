@@ -158,6 +158,11 @@ class GradientLearner(Learner):
             variables=state.variables | {"model": variables},
         )
 
+    def live(self, state: TrainState) -> nnx.Module:
+        """The model of a state, for use between two steps: the next one takes its arrays."""
+        params, variables = state.params["model"], state.variables["model"]
+        return merge_model(self.graphdef, params, variables, train=False)
+
     def derived(self, values: dict[str, float]) -> dict[str, float]:
         """What the objective derives, if it does."""
         derive = getattr(self.objective, "derived", None)

@@ -135,7 +135,7 @@ def test_audio_batches(run_dir, units):
 def test_evaluation_is_fixed_and_of_known_shapes(run_dir):
     dataset = audio_reader.AudioBatches(run_dir, **_BUCKETS)
     known = {b["audio"].shape + b["text_ids"].shape for b in itertools.islice(dataset, 12)}
-    first, again = list(dataset.eval_batches()), list(dataset.eval_batches())
+    first, again = list(dataset.eval_sets()["clips"]), list(dataset.eval_sets()["clips"])
     assert first
     for one, other in zip(first, again, strict=True):
         _equal(one, other)
@@ -165,7 +165,7 @@ def test_flow_batches_join_audio_with_its_codes(run_dir):
             assert set(linguistic) == set(semantic) == {clip}
             assert len(codes) == batch["audio_lengths"][row] // 1920 * 5
             assert batch["speaker_embedding"][row] == pytest.approx(batch["audio"][row, 0])
-    assert list(dataset.eval_batches())
+    assert list(dataset.eval_sets()["clips"])
     with pytest.raises(UserError, match="speaker embeddings"):
         iter(audio_reader.FlowBatches(run_dir, None, **_BUCKETS, embeddings_file="none.npz"))
 
@@ -176,7 +176,7 @@ def test_segments(run_dir):
         assert batch["audio"].shape == (4, 9600)
         for row, length in zip(batch["audio"], batch["audio_lengths"], strict=True):
             assert np.all(row[:length] > 0) and np.all(row[length:] == 0)
-    assert len(list(dataset.eval_batches())) == 2
+    assert len(list(dataset.eval_sets()["clips"])) == 2
 
 
 def test_roles_and_missing_things(run_dir, tmp_path):

@@ -109,7 +109,7 @@ def test_evaluation_reads_every_example_once(tmp_path_factory, lengths, room, ba
         return
     dataset = make(str(root), {"task": 1}, **kwargs)
     assert dataset.dropped == {"task": len(lengths) - len(fitting)}
-    batches = list(dataset.eval_batches())
+    batches = list(dataset.eval_sets()["task"])
     for batch in batches:
         assert batch["tokens"].shape == (batch_size, room)
         assert_whole(batch, room)
@@ -117,15 +117,18 @@ def test_evaluation_reads_every_example_once(tmp_path_factory, lengths, room, ba
     assert sorted(found) == [(100 * i, lengths[i] - 1) for i in fitting]
 
 
-def test_evaluation_is_finite_the_same_and_mixed(run_dir):
+def test_evaluation_is_finite_the_same_and_task_by_task(run_dir):
     dataset = make(run_dir)
-    first, second = (list(dataset.eval_batches()) for _ in range(2))
-    assert len(first) == len(second) > 1
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a["tokens"], b["tokens"])
-    assert sum(len(list(examples_of(batch))) for batch in first) == 9 + 11
-    assert len(list(make(run_dir, max_eval_batches=1).eval_batches())) == 1
-    assert list(make(run_dir, eval_split="test").eval_batches()) == []
+    first, second = (
+        {name: list(batches) for name, batches in dataset.eval_sets().items()} for _ in range(2)
+    )
+    for name, count in (("long", 9), ("short", 11)):
+        for a, b in zip(first[name], second[name], strict=True):
+            np.testing.assert_array_equal(a["tokens"], b["tokens"])
+        assert sum(len(list(examples_of(batch))) for batch in first[name]) == count
+    few = {n: len(list(b)) for n, b in make(run_dir, max_eval_batches=1).eval_sets().items()}
+    assert few == {"long": 1, "short": 1}
+    assert make(run_dir, eval_split="test").eval_sets() == {}
 
 
 def test_mixed_by_tokens_not_by_examples(run_dir):
@@ -207,7 +210,7 @@ def test_a_mixture_changes_at_its_batch_and_goes_on_where_it_was(run_dir):
     assert kinds == [{"long"}] * 4 + [{"short"}] * 4 + [{"long"}] * 4
     before, after = (sum(longs[part], []) for part in (slice(0, 4), slice(8, 12)))
     assert len(before) >= 12 and len(set(before) & set(after)) <= 3  # of one epoch of 60
-    assert dataset.mixture == {"long": 1.0} and len(list(dataset.eval_batches())) > 1
+    assert dataset.mixture == {"long": 1.0} and list(dataset.eval_sets()) == ["long", "short"]
 
 
 @pytest.mark.parametrize("kind", ["packed", "preference"])
@@ -233,14 +236,14 @@ def test_resuming_is_exact(run_dir, kind):
 
 def test_preference_batches(run_dir):
     dataset = lm_reader.PreferenceDataset(run_dir, sequence_length=32, batch_size=2)
-    for batch in [*take(iter(dataset), 5), *dataset.eval_batches()]:
+    for batch in [*take(iter(dataset), 5), *dataset.eval_sets()["aqaa_preference"]]:
         for prefix in ("chosen_", "rejected_"):
             part = {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
             assert_whole(part, 32)
             assert part["segment_ids"].max() == 1
         used = {p: (batch[p + "segment_ids"] > 0).sum(1) for p in ("chosen_", "rejected_")}
         np.testing.assert_array_equal(used["chosen_"], used["rejected_"] + 1)
-    assert len(list(dataset.eval_batches())) == 3
+    assert len(list(dataset.eval_sets()["aqaa_preference"])) == 3
 
 
 @pytest.mark.parametrize(
