@@ -32,7 +32,8 @@ def run(
     """Makes both corpora.
 
     Args:
-      engine: `data.engine.build.SpokenQuestions`, the dials of the question-and-answer corpus.
+      engine: `data.engine.build.SpokenQuestions`, the dials of the question-and-answer corpus; None
+        makes none of it, the human recordings only.
       run_dir: the corpora go to its corpus/.
       model_dir: takes the place of `run_dir`/corpus.
       asterisk: whether to fetch the human recordings.
@@ -49,12 +50,14 @@ def run(
     """
     if not (model_dir or run_dir):
         raise UserError("prepare_data: say where the corpora go, with --model_dir or RUN_DIR")
+    if engine is None and not asterisk:
+        raise UserError("prepare_data: neither an engine nor recordings: nothing to make")
     root = model_dir or os.path.join(run_dir, "corpus")
     work = os.path.join(root, ".work")
     try:
         os.makedirs(root, exist_ok=True)
         recorded = _asterisk(root, work, asterisk_clips, max_seconds) if asterisk else None
-        spoken = _spoken_questions(root, work, engine, piper, recognizer)
+        spoken = _spoken_questions(root, work, engine, piper, recognizer) if engine else {}
         shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
@@ -63,12 +66,12 @@ def run(
         raise
     return {
         "corpus": root,
-        "clips": spoken["clips"] + (recorded or {}).get("clips", 0),
-        "hours": round(spoken["hours"] + (recorded or {}).get("hours", 0.0), 3),
+        "clips": spoken.get("clips", 0) + (recorded or {}).get("clips", 0),
+        "hours": round(spoken.get("hours", 0.0) + (recorded or {}).get("hours", 0.0), 3),
         "recorded_clips": (recorded or {}).get("clips", 0),
-        "questions": spoken["questions"],
-        "test_questions": spoken["test_questions"],
-        "dropped_clips": sum(counts["dropped"] for counts in spoken["checked"].values()),
+        "questions": spoken.get("questions", 0),
+        "test_questions": spoken.get("test_questions", 0),
+        "dropped_clips": sum(c["dropped"] for c in spoken.get("checked", {}).values()),
     }
 
 

@@ -72,6 +72,8 @@ def test_a_full_disk_is_one_line(tmp_path):
         prepare_data.run(engine=Engine(full), run_dir=str(tmp_path), asterisk=False)
     with pytest.raises(UserError, match="RUN_DIR"):
         prepare_data.run(engine=Engine())
+    with pytest.raises(UserError, match="nothing to make"):
+        prepare_data.run(engine=None, run_dir=str(tmp_path), asterisk=False)
 
 
 _SIZES = dict(linguistic_size=8, semantic_size=16, num_specials=8, multiple_of=16)
