@@ -22,6 +22,7 @@ def run(
     num_shards: int = 1,
     text_block: int = 10,
     audio_block: int = 15,
+    sequence_length: int = 512,
 ) -> dict:
     """Caches every task that a mixture or `extra_tasks` names.
 
@@ -32,6 +33,7 @@ def run(
       extra_tasks: tasks in no mixture, such as preference pairs.
       num_shards: files a split.
       text_block, audio_block: ratio of a spoken answer.
+      sequence_length: of the rows that long texts are cut for.
 
     Returns:
       Figures for the closing line. UserError for an unknown task or missing tokens.
@@ -48,13 +50,14 @@ def run(
         raise UserError(f"no task is called {unknown[0]!r}: choose from {', '.join(tasks.TASKS)}")
     vocabulary = Vocabulary.load(os.path.join(run_dir, "vocabulary"))
     corpus = TokenCorpus(run_dir, vocabulary)
-    made_from = caching.fingerprint(corpus, vocabulary, (text_block, audio_block, num_shards))
+    settings = (text_block, audio_block, num_shards, sequence_length)
+    made_from = caching.fingerprint(corpus, vocabulary, settings)
     directories = {name: os.path.join(model_dir, name) for name in names}
     missing = [
         name for name, path in directories.items() if not caching.is_current(path, made_from)
     ]
     if missing:
-        tasks.register_all(run_dir, vocabulary, mixtures, text_block, audio_block)
+        tasks.register_all(run_dir, vocabulary, mixtures, text_block, audio_block, sequence_length)
         for name in _progress(missing):
             caching.cache(name, directories[name], vocabulary, num_shards, made_from)
     stats = [lm_reader.read_stats(path) for path in directories.values()]

@@ -21,6 +21,7 @@ def register_all(
     mixtures: Mapping[str, Mapping[str, float]] | None = None,
     text_block: int = 10,
     audio_block: int = 15,
+    sequence_length: int = 512,
 ) -> list[str]:
     """Registers every task over the tokens under `run_dir`, and the given mixtures.
 
@@ -29,6 +30,7 @@ def register_all(
       vocabulary: a `Vocabulary` with its SentencePiece model.
       mixtures: name -> {task: share of the tokens}; see `tasks.mixtures`.
       text_block, audio_block: ratio of a spoken answer.
+      sequence_length: of the rows that long texts are cut for.
 
     Returns:
       The names of the tasks.
@@ -43,8 +45,9 @@ def register_all(
     for kind in ("GPU", "TPU"):  # TensorFlow prepares data here and must take no accelerator.
         tf.config.set_visible_devices([], kind)
     corpus, layouts = TokenCorpus(run_dir, vocabulary), Layouts(vocabulary, text_block, audio_block)
-    families = (continuation, interleaved, asr, tts, text, aqta, aqaa, dpo)
+    families = (continuation, interleaved, asr, tts, aqta, aqaa, dpo)
     names = [name for family in families for name in family.register(corpus, layouts)]
+    names += text.register(corpus, layouts, sequence_length)
     for name, shares in (mixtures or {}).items():
         mixing.register(name, shares, run_dir)
     return names

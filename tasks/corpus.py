@@ -1,9 +1,10 @@
 """The tokenised corpora of a run as clips, questions and their answers. No TensorFlow here.
 
-Reads `<run_dir>/tokens/<corpus>/` (clips as two code streams) and
-`<run_dir>/corpus/<corpus>/questions.jsonl`. An answer belongs to the question of the same
-question_id, whichever voice asked it; the split is that of the question clip. Whole corpora are
-never held in memory: clips are streamed, only the answers of a split are joined by an index.
+Reads `<run_dir>/tokens/<corpus>/` (clips as two code streams),
+`<run_dir>/corpus/<corpus>/questions.jsonl` and `<run_dir>/texts/` (documents). An answer belongs to
+the question of the same question_id, whichever voice asked it; the split is that of the question
+clip. Whole corpora are never held in memory: clips are streamed, only the answers of a split are
+joined by an index.
 """
 
 import functools
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from t5x_audio.data import corpus as corpora
-from t5x_audio.data import records
+from t5x_audio.data import documents, records
 from t5x_audio.errors import UserError
 from t5x_audio.sequences.vocabulary import Vocabulary
 from t5x_audio.tokenizers import dual_codebook
@@ -65,6 +66,12 @@ class TokenCorpus:
     def source_files(self) -> list[str]:
         """Every file that the tasks are made of, for telling whether a cache is up to date."""
         files = [p for d in self._directories for s in records.SPLITS for p in _shards(d, s)]
+        files += [
+            p
+            for d in documents.finished(self.run_dir)
+            for s in records.SPLITS
+            for p in _shards(d, s)
+        ]
         return files + [os.path.join(d, corpora.QUESTIONS_FILE) for d in self._question_dirs()]
 
     def clips(self, split: str) -> Iterator[Clip]:
@@ -101,6 +108,12 @@ class TokenCorpus:
         """Each question once; the held-out ones serve validation and test alike."""
         train = split == "train"
         return (row for row in self.questions.values() if (row["split"] == "train") == train)
+
+    def documents(self, split: str) -> Iterator[dict]:
+        """{id, text} of every document that was imported, collection by collection."""
+        for directory in documents.finished(self.run_dir):
+            if records.has_split(directory, split):
+                yield from records.open_records(directory, split)
 
     def spoken_questions(self, split: str) -> Iterator[SpokenQuestion]:
         """Each (question, speaker) of the split once, with its answer clip.

@@ -75,10 +75,14 @@ class Layouts:
         return self._document(parts)
 
     def _document(self, parts) -> Sequence:
-        tokens = _concatenate([self.vocabulary.bos], *parts, [self.vocabulary.eos])
+        return self.all_targets(_concatenate([self.vocabulary.bos], *parts, [self.vocabulary.eos]))
+
+    @staticmethod
+    def all_targets(tokens) -> Sequence:
+        """`tokens`, which begin with <s>; everything behind it is a target."""
         weights = np.ones(len(tokens), np.float32)
         weights[0] = 0
-        return Sequence(tokens, weights)
+        return Sequence(np.asarray(tokens, np.int32), weights)
 
     # ---- prompts: what a generation continues ---------------------------------------------
 
@@ -152,10 +156,7 @@ class Layouts:
 
     def text(self, question: str, answer: str) -> Sequence:
         """The same tokens as `tqta`, read as a document: everything behind <s> is a target."""
-        tokens = self.tqta(question, answer).tokens
-        weights = np.ones(len(tokens), np.float32)
-        weights[0] = 0
-        return Sequence(tokens, weights)
+        return self.all_targets(self.tqta(question, answer).tokens)
 
     def aqta(self, question_codes, answer: str) -> Sequence:
         """Spoken question -> written answer; targets: answer <|EOT|>."""
