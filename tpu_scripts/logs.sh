@@ -7,8 +7,8 @@ source "$(dirname "$0")/common.sh"
 HOSTS="" OUTPUT=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    --hosts) HOSTS="${2:?--hosts wants a value}"; shift 2 ;;
-    --output) OUTPUT="${2:?--output wants a value}"; shift 2 ;;
+    --hosts) wants_value "$@"; HOSTS="$2"; shift 2 ;;
+    --output) wants_value "$@"; OUTPUT="$2"; shift 2 ;;
     *) common_flag "$@"; shift "$SHIFT" ;;
   esac
 done

@@ -10,10 +10,10 @@ source "$(dirname "$0")/common.sh"
 HERE="$(dirname "$0")" EVERY=60 CREATE=() SETUP=() COMMON=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --type | --version | --valid-until-duration) CREATE+=("$1" "${2:?$1 wants a value}"); shift 2 ;;
+    --type | --version | --valid-until-duration) wants_value "$@"; CREATE+=("$1" "$2"); shift 2 ;;
     --spot) CREATE+=(--spot); shift ;;
-    --repo | --commit | --bucket) SETUP+=("$1" "${2:?$1 wants a value}"); shift 2 ;;
-    --every) EVERY="${2:?--every wants a value}"; shift 2 ;;
+    --repo | --commit | --bucket) wants_value "$@"; SETUP+=("$1" "$2"); shift 2 ;;
+    --every) wants_value "$@"; EVERY="$2"; shift 2 ;;
     --) shift; break ;;
     *) common_flag "$@"; COMMON+=("${@:1:$SHIFT}"); shift "$SHIFT" ;;
   esac

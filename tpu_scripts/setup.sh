@@ -9,9 +9,9 @@ source "$(dirname "$0")/common.sh"
 REPO="" COMMIT="" BUCKET=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    --repo) REPO="${2:?--repo wants a value}"; shift 2 ;;
-    --commit) COMMIT="${2:?--commit wants a value}"; shift 2 ;;
-    --bucket) BUCKET="${2:?--bucket wants a value}"; shift 2 ;;
+    --repo) wants_value "$@"; REPO="$2"; shift 2 ;;
+    --commit) wants_value "$@"; COMMIT="$2"; shift 2 ;;
+    --bucket) wants_value "$@"; BUCKET="$2"; shift 2 ;;
     *) common_flag "$@"; shift "$SHIFT" ;;
   esac
 done

@@ -8,7 +8,7 @@ source "$(dirname "$0")/common.sh"
 EVERY=60
 while [ $# -gt 0 ]; do
   case "$1" in
-    --every) EVERY="${2:?--every wants a value}"; shift 2 ;;
+    --every) wants_value "$@"; EVERY="$2"; shift 2 ;;
     *) common_flag "$@"; shift "$SHIFT" ;;
   esac
 done
