@@ -32,10 +32,10 @@ class Series:
     values: tuple[float, ...]
 
 
-def read_curves(directory: pathlib.Path) -> dict[str, list[Series]]:
+def read_curves(directory: pathlib.Path, tasks: bool = False) -> dict[str, list[Series]]:
     """The curves of a stage's directory from its `metrics.jsonl`; none where there is no such file.
 
-    Values that are not finite numbers are left out. A step logged twice (before and after an
+    With `tasks`, the splits of single tasks too ('validation/asr'), which are many. Values that are not finite numbers are left out. A step logged twice (before and after an
     interruption) counts as logged the last time.
 
     Returns:
@@ -44,6 +44,8 @@ def read_curves(directory: pathlib.Path) -> dict[str, list[Series]]:
     found: dict[str, dict[str, dict[int, float]]] = {}
     for row in read_metrics(directory):
         step, split = int(row.pop("step")), str(row.pop("split", "train"))
+        if "/" in split and not tasks:
+            continue
         for name, value in row.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 found.setdefault(name, {}).setdefault(split, {})[step] = float(value)

@@ -47,18 +47,21 @@ def render(report: Report, command: str | None, picture: str | None) -> str:
 
 def draw_losses(stages: Sequence[Stage]) -> str | None:
     """One SVG with the chart of every stage's total loss; None without any."""
+    charts = [(s.name, s.metrics["loss"]) for s in stages if s.metrics.get("loss")]
+    return draw_charts(charts) if charts else None
+
+
+def draw_charts(charts: Sequence[tuple[str, Sequence[curves.Series]]]) -> str:
+    """One SVG with several charts, (title, series), in rows."""
     width, height = _CELL
     cells = []
-    for stage in stages:
-        if series := stage.metrics.get("loss"):
-            x = len(cells) % _COLUMNS * width
-            y = len(cells) // _COLUMNS * height
-            chart = curves.draw(series, label=f"loss of {stage.name}", height=height - 20)
-            chart = chart.replace("<svg ", f'<svg y="20" width="{width}" height="{height - 20}" ')
-            title = f'<text class="title" x="36" y="15">{stage.name}</text>'
-            cells.append(f'<svg x="{x}" y="{y}" width="{width}">{title}{chart}</svg>')
-    if not cells:
-        return None
+    for title, series in charts:
+        x = len(cells) % _COLUMNS * width
+        y = len(cells) // _COLUMNS * height
+        chart = curves.draw(series, label=title, height=height - 20)
+        chart = chart.replace("<svg ", f'<svg y="20" width="{width}" height="{height - 20}" ')
+        head = f'<text class="title" x="36" y="15">{title}</text>'
+        cells.append(f'<svg x="{x}" y="{y}" width="{width}">{head}{chart}</svg>')
     total = min(len(cells), _COLUMNS) * width, math.ceil(len(cells) / _COLUMNS) * height
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total[0]} {total[1]}" '
