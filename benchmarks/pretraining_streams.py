@@ -1,7 +1,7 @@
 # ruff: noqa: E402
-"""The three stages of pretraining on recorded speech: does every audio stream become predictable?
+r"""The three stages of pretraining on recorded speech: does every audio stream become predictable?
 
-    python benchmarks/pretraining_streams.py --run_dir=runs/speech --manifest=speech.jsonl \\
+    python benchmarks/pretraining_streams.py --run_dir=runs/speech --manifest=speech.jsonl \
       --text=book.jsonl
 
 All jobs are those of a pod, at size tiny, on recordings alone: the manifest's and the telephone

@@ -35,8 +35,9 @@ class Series:
 def read_curves(directory: pathlib.Path, tasks: bool = False) -> dict[str, list[Series]]:
     """The curves of a stage's directory from its `metrics.jsonl`; none where there is no such file.
 
-    With `tasks`, the splits of single tasks too ('validation/asr'), which are many. Values that are not finite numbers are left out. A step logged twice (before and after an
-    interruption) counts as logged the last time.
+    With `tasks`, the splits of single tasks too ('validation/asr'), which are many. Values that are
+    not finite numbers are left out. A step logged twice (before and after an interruption) counts
+    as logged the last time.
 
     Returns:
       {metric: one Series a split}, metrics in the order in which they first appear.
