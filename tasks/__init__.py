@@ -10,7 +10,8 @@ Here the layouts of `t5x_audio.sequences` are applied to tokenised corpora. Tens
 from collections.abc import Mapping
 
 TASKS = (
-    *("continuation", "interleaved", "asr", "tts", "text", "tqta"),
+    *("continuation", "linguistic_alone", "semantic_alone"),
+    *("interleaved", "asr", "tts", "text", "tqta"),
     *("aqta", "taqta", "aqaa", "tqaa", "aqaa_preference"),
 )
 
