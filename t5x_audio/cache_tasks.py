@@ -36,7 +36,7 @@ def run(
       sequence_length: of the rows that long texts are cut for.
 
     Returns:
-      Figures for the closing line. UserError for an unknown task or missing tokens.
+      Figures for the closing line. UserError for an unknown task, bad shares or missing tokens.
     """
     import tasks
     from t5x_audio.data import lm_reader, records
@@ -44,6 +44,8 @@ def run(
     from tasks import caching
     from tasks.corpus import TokenCorpus
 
+    for shares in mixtures.values():
+        lm_reader.positive_rates(shares)
     names = list(dict.fromkeys([*(t for m in mixtures.values() for t in m), *extra_tasks]))
     unknown = [name for name in names if name not in tasks.TASKS]
     if unknown:

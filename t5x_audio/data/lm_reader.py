@@ -14,9 +14,11 @@ Choices:
 """
 
 import functools
+import glob
 import itertools
 import json
 import logging
+import numbers
 import os
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -44,12 +46,18 @@ def read_stats(directory: str) -> dict:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
     except FileNotFoundError:
+        root, task = os.path.split(os.path.normpath(directory))
+        found = ", ".join(sorted(os.path.basename(os.path.dirname(p)) for p in _all_stats(root)))
         raise UserError(
-            f"no cache of task {os.path.basename(directory)!r} at {directory}: "
-            "run t5x_audio.cache_tasks"
+            f"no cache of task {task!r} in {root}, which has {found or 'none'}: "
+            "run t5x_audio.cache_tasks or choose from these"
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged: delete it and run t5x_audio.cache_tasks") from error
+
+
+def _all_stats(root: str) -> list[str]:
+    return glob.glob(os.path.join(glob.escape(root), "*", STATS_FILE))
 
 
 def lengths_path(directory: str, split: str) -> str:
@@ -270,8 +278,8 @@ def _phases(mixture, changes) -> list[tuple[int, dict[str, float]]]:
     bad = [batch for batch in changes if int(batch) != batch or batch < 1]
     if bad:
         raise UserError(f"changes: {bad[0]!r} is no batch; a mixture changes at batch 1 or later")
-    later = sorted((int(batch), _positive_rates(shares)) for batch, shares in changes.items())
-    return [(0, _positive_rates(mixture)), *later]
+    later = sorted((int(batch), positive_rates(shares)) for batch, shares in changes.items())
+    return [(0, positive_rates(mixture)), *later]
 
 
 def _shapes(integers, floats, *shape: int) -> BatchShapes:
@@ -375,8 +383,15 @@ def _chunks(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
         yield chunk
 
 
-def _positive_rates(mixture: Mapping[str, float]) -> dict[str, float]:
-    bad = [name for name, rate in mixture.items() if not 0 <= rate < float("inf")]
+def positive_rates(mixture: Mapping[str, float]) -> dict[str, float]:
+    """The tasks of a mixture that have a share. UserError for one that cannot be mixed."""
+    if not isinstance(mixture, Mapping):
+        raise UserError(f"mixture {mixture!r}: give {{task: share}}")
+
+    def usable(rate):
+        return isinstance(rate, numbers.Real) and 0 <= rate < float("inf")
+
+    bad = [name for name, rate in mixture.items() if not usable(rate)]
     if bad:
         raise UserError(f"mixture: the share of {bad[0]!r} is {mixture[bad[0]]}, not a number >= 0")
     rates = {name: float(rate) for name, rate in mixture.items() if rate > 0}

@@ -73,6 +73,16 @@ class LanguageModeling:
             metrics[f"loss_{stream}"] = (jnp.sum(losses * counted), counted.sum())
         return loss, metrics
 
+    def check_vocabulary(self, sizes: dict[str, int]) -> None:
+        """UserError if the streams are not those of a vocabulary of these sizes."""
+        for name in ("text_size", "linguistic_size", "semantic_size"):
+            here, there = getattr(self, name), sizes.get(name)
+            if here and there is not None and here != there:
+                raise UserError(
+                    f"LanguageModeling.{name}={here}, but the vocabulary of the data has {there}: "
+                    "give its sizes, or make vocabulary and caches again with these"
+                )
+
     def derived(self, values: dict[str, float]) -> dict[str, float]:
         """Perplexities of the losses that are there, of all targets and per stream."""
         names = {f"loss_{stream}": f"perplexity_{stream}" for stream in STREAMS}
