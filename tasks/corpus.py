@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from t5x_audio.data import corpus as corpora
-from t5x_audio.data import records
+from t5x_audio.data import images, records
 from t5x_audio.errors import UserError
 from t5x_audio.sequences.vocabulary import Vocabulary
 from t5x_audio.tokenizers import dual_codebook
@@ -65,7 +65,8 @@ class TokenCorpus:
     def source_files(self) -> list[str]:
         """Every file that the tasks are made of, for telling whether a cache is up to date."""
         files = [p for d in self._directories for s in records.SPLITS for p in _shards(d, s)]
-        return files + [os.path.join(d, corpora.QUESTIONS_FILE) for d in self._question_dirs()]
+        files += [os.path.join(d, corpora.QUESTIONS_FILE) for d in self._question_dirs()]
+        return files + images.source_files(self.run_dir)
 
     def clips(self, split: str) -> Iterator[Clip]:
         """All clips of a split, corpus by corpus."""

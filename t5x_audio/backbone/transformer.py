@@ -16,8 +16,8 @@ Choices:
 - One code path: training, prefill and one-token steps differ only in the cache they pass. Keys are
   masked by segment and position, so packed rows, padding and the unused tail of a cache need no
   case of their own.
-- Soft tokens, a frozen encoder's embeddings of an image, take the place of an embedding's row
-  through one learnt matrix (LLaVA, arXiv 2304.08485, section 4.1); the encoder runs elsewhere, once.
+- Soft tokens, a frozen encoder's embeddings of an image, take the place of rows of the table
+  through one learnt matrix (LLaVA, arXiv 2304.08485, section 4.1). The encoder runs elsewhere.
 - Outputs into the residual stream start smaller by sqrt(2 num_layers) (GPT-2); the published start
   is unknown.
 """
