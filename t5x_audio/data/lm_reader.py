@@ -102,8 +102,8 @@ class CachedTask:
 class PackedLmDataset:
     """Endless packed batches over a mixture of tasks; see the module docstring.
 
-    A batch: tokens, targets, segment_ids, positions int32[B, S]; weights float32[B, S]; with room
-    for soft tokens soft_embeddings float16[B, M, W] and soft_index int32[B, S] (soft_embeddings.py).
+    A batch: tokens, targets, segment_ids, positions int32[B, S]; weights float32[B, S]; and
+    what soft_embeddings.py adds where there is room for soft tokens.
     `iter()` gives an iterator with `get_state()` and `set_state(state)`, which are exact.
 
     Attributes:
@@ -221,9 +221,11 @@ class PackedLmDataset:
             num_packing_bins=self._open_rows,
             seed=self.seed,
         )
-        return rows.map(
-            lambda row: (named := _named(row)) | self._soft.fields(row, named["tokens"])
-        )
+        return rows.map(self._fields)
+
+    def _fields(self, row: dict) -> dict:
+        named = _named(row)
+        return named | self._soft.fields(row, named["tokens"])
 
     def __iter__(self) -> reading.GlobalBatches:
         return self.iterator()

@@ -71,14 +71,23 @@ class SoftEmbeddings:
         found = example.get("soft_embeddings")
         if found is None:
             found = np.zeros((0, self.width), DTYPE)
+        if len(found) != np.count_nonzero(self._held(example["tokens"])):
+            raise UserError(
+                "a cached example has other placeholders than soft tokens: delete the caches and "
+                "run t5x_audio.cache_tasks again"
+            )
         return {"soft_embeddings": found}
 
     def fields(self, row: Mapping, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Of a packed row with these tokens, for the batch."""
         if not self.count:
             return {}
-        held = np.zeros(tokens.shape, bool) if self.placeholder is None else (
-            tokens == self.placeholder
-        )  # fmt: skip
+        held = self._held(tokens)
         index = np.where(held, np.cumsum(held) - 1, -1).astype(np.int32)
         return {"soft_embeddings": row["soft_embeddings"], "soft_index": index}
+
+    def _held(self, tokens: np.ndarray) -> np.ndarray:
+        """Where a placeholder stands."""
+        if self.placeholder is None:
+            return np.zeros(tokens.shape, bool)
+        return tokens == self.placeholder
