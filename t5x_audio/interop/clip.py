@@ -21,6 +21,7 @@ from t5x_audio.tokenizers.image_encoder import (
     ImageEncoderConfig,
 )
 
+_PREFIX = "vision_model."
 # Linear layers of a block: name there, name here.
 _LINEAR = {
     "self_attn.q_proj": "query", "self_attn.k_proj": "key", "self_attn.v_proj": "value",
@@ -46,7 +47,11 @@ def load_clip(folder: str, skip_layers: int = 1, dtype: str = "float32") -> Froz
     path = Path(folder) / SINGLE_FILE
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            return FrozenImageEncoder(_filled(config, file.get_tensor))
+            # transformers 5 saves a CLIPVisionModel without the prefix.
+            prefixed = any(name.startswith(_PREFIX) for name in file.keys())  # noqa: SIM118
+            prefix = _PREFIX if prefixed else ""
+            read = lambda name: file.get_tensor(prefix + name)  # noqa: E731
+            return FrozenImageEncoder(_filled(config, read))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a folder with a CLIP checkpoint") from None
     except (OSError, ValueError, safetensors.SafetensorError) as error:
@@ -84,7 +89,7 @@ def _filled(config: ImageEncoderConfig, read: Callable[[str], np.ndarray]) -> Im
         variable.set_value(np.asarray(array, np.float32))
 
     def take(name):
-        return np.asarray(read(f"vision_model.{name}"), np.float32)
+        return np.asarray(read(name), np.float32)
 
     kernel = take("embeddings.patch_embedding.weight")  # [width, 3, patch, patch]
     put(encoder.patches, kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel)))
