@@ -152,6 +152,8 @@ def export_checkpoint(model_dir: Path, folder: Path, dtype: str | None) -> dict[
     if not isinstance(config, TransformerConfig):
         raise UserError(f"{model_dir}: holds a {type(config).__name__}, not a backbone")
     hugging_face.family_of(config)
+    if config.soft_width:
+        print(f"{model_dir}: no family has its soft_projector: left out", file=sys.stderr)
     for name in (SINGLE_FILE, INDEX_FILE):
         if (folder / name).exists():
             raise UserError(f"{folder}: holds {name} already; give another --to_hf")

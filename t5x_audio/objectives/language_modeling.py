@@ -27,7 +27,8 @@ class LanguageModeling:
     """objective(model, batch, rng, train) for packed batches.
 
     The batch holds tokens, targets int32[B, S] (already shifted), weights float32[B, S],
-    segment_ids and positions int32[B, S].
+    segment_ids and positions int32[B, S]; with images soft_embeddings [B, M, W] and soft_index
+    int32[B, S], see `Transformer.hidden`.
 
     Attributes:
       z_loss: coefficient of the squared log-normaliser.
@@ -58,7 +59,10 @@ class LanguageModeling:
         tokens = batch["tokens"]
         if train and self.word_dropout:
             tokens = self._drop_words(tokens, rng)
-        hidden, _ = model.hidden(tokens, batch["positions"], batch["segment_ids"])
+        soft = {}
+        if "soft_index" in batch:
+            soft = {"soft": (batch["soft_embeddings"], batch["soft_index"])}
+        hidden, _ = model.hidden(tokens, batch["positions"], batch["segment_ids"], **soft)
         count = weights.sum()
         share = weights / jnp.maximum(count, 1e-8)
         kernel = model.head_kernel.astype(hidden.dtype)
