@@ -93,7 +93,6 @@ def test_a_shard_that_is_cut_off(run, refused):
         ("{}", "the shares sum to zero"),
         ("{'counting': -0.5}", "the share of 'counting' is -0.5, not a number >= 0"),
         ("{'counting': 1e999}", "the share of 'counting' is inf, not a number >= 0"),
-        ("{'counting': 1e999 - 1e999}", "1e999 - 1e999}: malformed"),  # gin has no NaN
         ("{'counting': 'one'}", "the share of 'counting' is one, not a number >= 0"),
         ("counting", "mixture 'counting': give {task: share}"),
     ],
@@ -198,10 +197,11 @@ def damage_a_record(folder: pathlib.Path, batches: range) -> str:
                 str(folder), {"counting": 2, "stepping": 1}, sequence_length=64, batch_size=8,
                 readers=4, open_rows=8,
             )  # fmt: skip
-            for batch, _ in enumerate(itertools.islice(data, max(batches) + 1)):
-                pass
+            read = 0
+            for _ in itertools.islice(data, max(batches) + 1):
+                read += 1
         except UserError as error:
-            if batch + 1 in batches:
+            if read in batches:
                 return str(error)
         path.write_bytes(good)
     raise AssertionError("no such record")
