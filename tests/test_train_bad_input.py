@@ -93,7 +93,6 @@ def test_a_shard_that_is_cut_off(run, refused):
         ("{}", "the shares sum to zero"),
         ("{'counting': -0.5}", "the share of 'counting' is -0.5, not a number >= 0"),
         ("{'counting': 1e999}", "the share of 'counting' is inf, not a number >= 0"),
-        ("{'counting': 1e999 - 1e999}", "1e999 - 1e999}: malformed"),  # gin has no NaN
         ("{'counting': 'one'}", "the share of 'counting' is one, not a number >= 0"),
         ("counting", "mixture 'counting': give {task: share}"),
     ],
@@ -191,13 +190,14 @@ def damage_a_record(folder: pathlib.Path, batches: range) -> str:
     """Flips a byte of the shard so that one of these batches cannot be read; the error's line."""
     path = shard(folder)
     for at in range(500, 20000, 100):
-        good, read = path.read_bytes(), 0
+        good = path.read_bytes()
         flip(path, at)
         try:
             data = lm_reader.PackedLmDataset(
                 str(folder), {"counting": 2, "stepping": 1}, sequence_length=64, batch_size=8,
                 readers=4, open_rows=8,
             )  # fmt: skip
+            read = 0
             for _ in itertools.islice(data, max(batches) + 1):
                 read += 1
         except UserError as error:

@@ -191,7 +191,8 @@ def _restore_named(item: Path, tree, skip_rng: bool = False):
         arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(item, args=arguments)
     except Exception as error:
         raise DamagedCheckpoint(f"{item}: damaged ({_first_line(error)})") from error
-    _verify(item, checksums.of_items({item.name: arrays})[item.name])
+    if what := checksums.difference(item, checksums.of_items({item.name: arrays})[item.name]):
+        raise DamagedCheckpoint(f"{item}: damaged ({what})")
     restored = []
     for name, leaf in zip(names, leaves, strict=True):
         if name is None:
@@ -207,18 +208,16 @@ def _stored_arrays(item: Path) -> dict[str, Any]:
     """{name: metadata with shape and dtype} of an item."""
     try:
         reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        return reader.metadata(item).item_metadata.tree
+        found = reader.metadata(item).item_metadata
+        if found is None:
+            raise ValueError("its index is damaged or missing")
+        return found.tree
     except Exception as error:  # Orbax and TensorStore have no common error class.
         raise DamagedCheckpoint(f"{item}: unreadable ({_first_line(error)})") from error
 
 
 class DamagedCheckpoint(UserError):
     """A checkpoint that cannot be read; an earlier one may still be good."""
-
-
-def _verify(item: Path, found: dict[str, int]) -> None:
-    if what := checksums.difference(item, found):
-        raise DamagedCheckpoint(f"{item}: damaged ({what})")
 
 
 def _check_sizes(item: Path, stored: dict[str, tuple], wanted: dict[str, Any]) -> None:
@@ -236,6 +235,8 @@ def _check_sizes(item: Path, stored: dict[str, tuple], wanted: dict[str, Any]) -
 
 
 def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # Orbax's message is TensorStore's whole specification.
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return (lines[0][:200] if lines else "") or type(error).__name__
 
@@ -474,7 +475,8 @@ class RunCheckpoints:
             iterator = json.loads((folder / _ITERATOR / "metadata").read_text())["state"]
         except (OSError, ValueError, KeyError) as error:
             raise DamagedCheckpoint(f"{folder / _ITERATOR}: {_first_line(error)}") from error
-        _verify(folder / _ITERATOR, checksums.of_json(iterator))
+        if what := checksums.difference(folder / _ITERATOR, checksums.of_json(iterator)):
+            raise DamagedCheckpoint(f"{folder / _ITERATOR}: damaged ({what})")
         state = template.replace(
             step=rest["step"],
             params=params,

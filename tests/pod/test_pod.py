@@ -89,6 +89,13 @@ def test_one_host_that_is_told_to_stop_stops_all_of_them_with_everything_saved(f
     assert jobs.losses(folder / "stopped") == expected
 
 
+def test_more_hosts_than_readers_are_refused(folder):
+    job = start(folder, "few", 4, "--gin.lm_reader.PackedLmDataset.readers=2")
+    assert 2 in job.wait()
+    line = "readers=2: a host wants 2 rows of batch_size=8, a reader makes 4"
+    assert line in (folder / "few.log").read_text()
+
+
 def test_a_job_goes_on_with_another_number_of_hosts(folder):
     expected = whole(folder, 1)
     assert start(folder, "moved", 4, "--gin.train.run.steps=15").wait() == [0] * 4
