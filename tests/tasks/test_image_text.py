@@ -1,7 +1,6 @@
 """The image task from files to training: what an image shows is learnt, and only through it."""
 
 import json
-import pathlib
 import shutil
 
 import numpy as np
@@ -16,7 +15,7 @@ from t5x_audio.objectives.language_modeling import LanguageModeling
 from t5x_audio.sequences.layouts import Layouts
 from t5x_audio.sequences.vocabulary import Vocabulary
 from t5x_audio.tokenizers.image_encoder import ImageEncoderConfig, random_image_encoder
-from t5x_audio.training import optimizers
+from t5x_audio.training import checkpoints, optimizers
 from t5x_audio.training.learner import GradientLearner
 
 ENCODER = ImageEncoderConfig(
@@ -156,8 +155,7 @@ def test_training_by_its_gin_files(image_run, capsys):
     width = "--gin.IMAGES_SOFT_WIDTH=8"
     assert launch.launch("t5x_audio.train", "", [*flags, width, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 2
-    model = json.loads(pathlib.Path(image_run, "pretrain1/model.json").read_text())
-    assert model["model"]["fields"]["soft_width"] == 8
+    assert checkpoints.load_config(f"{image_run}/pretrain1").soft_width == 8
     # A run that has no room for images, or for others, says so at once.
     for files, room in ((RUN, "0 of width 0"), ([*RUN, flags[2]], "64 of width 64")):
         again = [*files, f"--gin.RUN_DIR={image_run}", *SMALL, f"--model_dir={image_run}/other"]
@@ -169,9 +167,8 @@ def test_training_by_its_gin_files(image_run, capsys):
 
 def test_encoding_by_its_gin_file(image_run, tmp_path, capsys):
     flags = ["--gin_file=gin/runs/encode_images.gin", f"--run_dir={tmp_path}", "--name=a"]
-    job = encode_images.launch.launch, "t5x_audio.encode_images", ""
     flags += [f"--manifest={image_run}/pairs.jsonl", "--json"]
-    assert job[0](*job[1:], flags, encode_images._add_flags) == 0
+    assert launch.launch("t5x_audio.encode_images", "", flags, encode_images._add_flags) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (figures["images"], figures["soft_tokens_per_image"]) == (108, 16)
     assert figures["soft_width"] == 64 and figures["encoder"].startswith("vit-")
