@@ -64,6 +64,10 @@ class Job:
                 )
             )
 
+    def running(self) -> bool:
+        """Whether none of the processes has ended."""
+        return all(process.poll() is None for process in self.processes)
+
     def wait(self, timeout: float = 300) -> list[int]:
         """Exit codes of all processes; they are killed when one takes longer or fails."""
         deadline = time.monotonic() + timeout
