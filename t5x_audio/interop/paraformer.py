@@ -10,6 +10,7 @@ tokenizer.py.
 """
 
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from t5x_audio.tokenizers.sanm import SanmConfig
 
 CODEBOOK_FILE = "linguistic_tokenizer.npy"
 WEIGHTS_FILE, CMVN_FILE, CONFIG_FILE = "model.pt", "am.mvn", "config.yaml"
+KEPT = "paraformer"  # under a model directory: what the next export gives back
+_KEPT_SUFFIXES = (".mvn", ".yaml", ".json", ".txt", ".model", "")
 
 _CONTEXTS = {"SANMEncoderChunkOpt": "chunk", "SANMEncoder": "full"}
 _WRAPPINGS = ("", "state_dict.", "model_state_dict.", "model.", "module.")
@@ -81,8 +84,15 @@ def load(
     return model, report
 
 
-def save(model: LinguisticTokenizer, folder: pathlib.Path) -> dict[str, Any]:
+def save(
+    model: LinguisticTokenizer, folder: pathlib.Path, kept: pathlib.Path | None = None
+) -> dict[str, Any]:
     """Writes model.pt, am.mvn, config.yaml and linguistic_tokenizer.npy to `folder`.
+
+    Args:
+      model: the tokenizer; layers of supervision and the CTC head are not written.
+      folder: of the files.
+      kept: of `keep`: what still holds of the imported files is written as it was.
 
     Returns:
       {'tensors', 'parameters'} written. UserError if one of the files is there already.
@@ -95,10 +105,24 @@ def save(model: LinguisticTokenizer, folder: pathlib.Path) -> dict[str, Any]:
     wanted = tensors(encoder)
     arrays = assembly.arrays_of(model)
     torch_file.write_torch_file(folder / WEIGHTS_FILE, assembly.from_ours(wanted, arrays))
-    write_cmvn(folder / CMVN_FILE, -arrays["mean"], _scale(arrays["variance"]))
     np.save(folder / CODEBOOK_FILE, arrays["codebook"])
+    shift, scale = -arrays["mean"], _scale(arrays["variance"])
+    write_cmvn(folder / CMVN_FILE, shift, scale)
     (folder / CONFIG_FILE).write_text(config_text(encoder))
+    if kept is not None and kept.is_dir() and read_config(kept / CONFIG_FILE) == encoder:
+        before = read_cmvn(kept / CMVN_FILE, encoder.input_dim)
+        for path in sorted(kept.iterdir()):
+            if path.name != CMVN_FILE or np.array_equal(before, (shift, scale)):
+                shutil.copy(path, folder / path.name)
     return assembly.report(wanted)
+
+
+def keep(folder: pathlib.Path, kept: pathlib.Path) -> None:
+    """Puts aside what `save` gives back: am.mvn, config.yaml and the text tokenizer's files."""
+    kept.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in _KEPT_SUFFIXES:
+            shutil.copy(path, kept / path.name)
 
 
 def tensors(config: SanmConfig) -> list[Tensor]:

@@ -218,6 +218,9 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, mapped: np.ndarray)
 def _read_legacy(path: pathlib.Path):
     """Returns (the pickled object, {storage key: uint8 array})."""
     with path.open("rb") as file:
+        if file.read(2) == b"PK":  # a zip without its end
+            raise EOFError
+        file.seek(0)
         if _Unpickler(file).load() != _LEGACY_MAGIC:
             raise _Refused("not a PyTorch file; give one written by torch.save")
         if _Unpickler(file).load() != _LEGACY_VERSION:

@@ -302,3 +302,19 @@ def test_tails(pair, speech, chunks):
         got, count = encode(padded, jnp.asarray([len(samples)]))
         assert int(count[0]) == len(codes), (chunks, tail)
         np.testing.assert_array_equal(got[0, : len(codes)], codes, err_msg=f"{chunks} {tail}")
+
+
+def test_export_is_read_by_funasr(pair, tmp_path):
+    """PyTorch loads every tensor, the same, and FunASR's front end the same mean and scale."""
+    folder = tmp_path / "out"
+    paraformer.save(pair.ours, folder)
+    read = torch.load(folder / "model.pt", weights_only=True)
+    state = pair.float32.state_dict()
+    assert read.keys() == {name for name in state if name.startswith("encoder.")}
+    for name, tensor in read.items():
+        assert torch.equal(tensor, state[name]), name
+    assert not pair.float32.load_state_dict(read, strict=False).unexpected_keys
+    before, after = (front_end(WavFrontendOnline, place).cmvn for place in (pair.folder, folder))
+    assert torch.equal(before, after)
+    centres = paraformer.CODEBOOK_FILE
+    assert (folder / centres).read_bytes() == (pair.folder / centres).read_bytes()
