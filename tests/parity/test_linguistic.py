@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 with contextlib.redirect_stdout(io.StringIO()):  # it asks for packages that are not needed
     from funasr.frontends.wav_frontend import WavFrontend, WavFrontendOnline
@@ -226,6 +227,13 @@ def pair(tmp_path_factory, speech) -> Pair:
     return Pair(folder, model, precise, ours)
 
 
+def compiled(model, call):
+    """`call(model, *arguments)`, compiled; weights are arguments too, no constants to compile."""
+    graph, state = nnx.split(model)
+    run = jax.jit(lambda state, *arguments: call(nnx.merge(graph, state), *arguments))
+    return lambda *arguments: run(state, *arguments)
+
+
 def error(got, want) -> float:
     """The largest difference relative to the largest value."""
     return float(np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max())
@@ -245,7 +253,8 @@ def test_full_context(pair, speech):
     lengths = [len(frames) for frames in batch]
     padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).numpy()
     ours = with_context(pair.ours, "full")
-    got = jax.jit(lambda x, n: ours.encoder(x, n))(jnp.asarray(padded), jnp.asarray(lengths))
+    encode = compiled(ours, lambda model, x, n: model.encoder(x, n))
+    got = encode(jnp.asarray(padded), jnp.asarray(lengths))
     for row, frames in enumerate(batch):
         want = whole(pair.float64, frames)
         mine, theirs = error(got[row, : len(want)], want), error(whole(pair.float32, frames), want)
@@ -260,11 +269,9 @@ def test_chunk_by_chunk(pair, speech):
     want = chunk_by_chunk(pair.float64, online, samples)
     theirs = error(chunk_by_chunk(pair.float32, online, samples), want)
     ours = pair.ours
-    features, counts = jax.jit(lambda x, n: ours.features(x, n))(
-        samples[None], jnp.asarray([len(samples)])
-    )
+    features, counts = ours.features(jnp.asarray(samples[None]), jnp.asarray([len(samples)]))
     frames = ours.normalize(features, counts)[:, : int(counts[0])]
-    step = jax.jit(lambda chunk, n, state: ours.encoder.step(chunk, n, state))
+    step = compiled(ours, lambda model, *arguments: model.encoder.step(*arguments))
     state, outputs = ours.encoder.initial_state(1), []
     for start in range(0, frames.shape[1], CHUNK[1]):
         chunk = frames[:, start : start + CHUNK[1]]
@@ -281,27 +288,29 @@ def test_chunk_by_chunk(pair, speech):
         f"{len(set(codes))} codes, closest decision {margin.min():.1e}"
     )
     assert mine < 1e-4
-    encoded, count = jax.jit(lambda x, n: ours.encode(x, n))(
-        samples[None], jnp.asarray([len(samples)])
+    encoded, count = compiled(ours, lambda model, x, n: model.encode(x, n))(
+        jnp.asarray(samples[None]), jnp.asarray([len(samples)])
     )
     np.testing.assert_array_equal(encoded[0, : int(count[0])], codes)
 
 
-@pytest.mark.parametrize("chunks", [0, 1, 6])
-def test_tails(pair, speech, chunks):
+def test_tails(pair, speech):
     """Recordings that end anywhere within a chunk: as many codes as Step-Audio, and the same."""
-    ours = pair.ours
-    encode = jax.jit(lambda x, n: ours.encode(x, n))
-    for tail in TAILS:
-        samples = speech[0][6000 : 6000 + chunks * STRIDE + tail]
+    cases = [
+        speech[0][6000 : 6000 + chunks * STRIDE + tail] for chunks in (0, 1, 6) for tail in TAILS
+    ]
+    padded = np.zeros((len(cases), 7 * STRIDE), np.float32)
+    for row, samples in enumerate(cases):
+        padded[row, : len(samples)] = samples
+    encoded, counts = compiled(pair.ours, lambda model, x, n: model.encode(x, n))(
+        jnp.asarray(padded), jnp.asarray([len(samples) for samples in cases])
+    )
+    for samples, row, count in zip(cases, encoded, counts, strict=True):
         online = front_end(WavFrontendOnline, pair.folder)
         want = chunk_by_chunk(pair.float32, online, samples)
-        codes, _ = nearest(want, np.asarray(ours.codebook[...]))
-        padded = np.zeros((1, 8 * STRIDE), np.float32)
-        padded[0, : len(samples)] = samples
-        got, count = encode(padded, jnp.asarray([len(samples)]))
-        assert int(count[0]) == len(codes), (chunks, tail)
-        np.testing.assert_array_equal(got[0, : len(codes)], codes, err_msg=f"{chunks} {tail}")
+        codes, _ = nearest(want, np.asarray(pair.ours.codebook[...]))
+        assert int(count) == len(codes), len(samples)
+        np.testing.assert_array_equal(row[: len(codes)], codes, err_msg=str(len(samples)))
 
 
 def test_export_is_read_by_funasr(pair, tmp_path):
