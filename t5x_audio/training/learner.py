@@ -15,6 +15,7 @@ import abc
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import flax.struct
@@ -117,6 +118,8 @@ class GradientLearner(Learner):
       optimizer: factory of `t5x_audio.training.optimizers`.
       init_from: model directory whose weights start the model; None starts from the seed.
       run_dir: what a relative `init_from` is relative to; None is the working directory.
+      init_part: the submodule of the model there that is this model ('tokenizer'); '' is all of it.
+      init_fresh: submodules of this model that start from the seed all the same ('head').
     """
 
     model: Any
@@ -124,6 +127,8 @@ class GradientLearner(Learner):
     optimizer: Any
     init_from: str | None = None
     run_dir: str | None = None
+    init_part: str = ""
+    init_fresh: Sequence[str] = ()
 
     @property
     def model_configs(self) -> dict[str, Any]:
@@ -151,7 +156,12 @@ class GradientLearner(Learner):
             return state
         directory = os.path.join(self.run_dir or "", self.init_from)
         params, variables = checkpoints.restore_states(
-            directory, "model", state.params["model"], state.variables["model"]
+            directory,
+            "model",
+            state.params["model"],
+            state.variables["model"],
+            self.init_part,
+            self.init_fresh,
         )
         return state.replace(
             params=state.params | {"model": params},
