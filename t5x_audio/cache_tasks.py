@@ -28,7 +28,7 @@ def run(
 
     Args:
       model_dir: where the caches go, one directory a task; training reads `<run_dir>/tasks`.
-      run_dir: the run; its vocabulary/, tokens/ and corpus/ are read.
+      run_dir: the run; its vocabulary/, tokens/, corpus/ and images/ are read.
       mixtures: name -> {task: share of the tokens}.
       extra_tasks: tasks in no mixture, such as preference pairs.
       num_shards: files a split.
@@ -36,20 +36,24 @@ def run(
       sequence_length: of the rows that long texts are cut for.
 
     Returns:
-      Figures for the closing line. UserError for an unknown task or missing tokens.
+      Figures for the closing line. UserError for an unknown task, bad shares or missing tokens.
     """
     import tasks
     from t5x_audio.data import lm_reader, records
     from t5x_audio.sequences.vocabulary import Vocabulary
-    from tasks import caching
+    from tasks import caching, image_text
     from tasks.corpus import TokenCorpus
 
+    for shares in mixtures.values():
+        lm_reader.positive_rates(shares)
     names = list(dict.fromkeys([*(t for m in mixtures.values() for t in m), *extra_tasks]))
     unknown = [name for name in names if name not in tasks.TASKS]
     if unknown:
         raise UserError(f"no task is called {unknown[0]!r}: choose from {', '.join(tasks.TASKS)}")
     vocabulary = Vocabulary.load(os.path.join(run_dir, "vocabulary"))
     corpus = TokenCorpus(run_dir, vocabulary)
+    if image_text.NAME in names:
+        image_text.require(corpus)
     settings = (text_block, audio_block, num_shards, sequence_length)
     made_from = caching.fingerprint(corpus, vocabulary, settings)
     directories = {name: os.path.join(model_dir, name) for name in names}

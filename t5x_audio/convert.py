@@ -1,13 +1,19 @@
-"""Backbones from and to Hugging Face (Step-1, Llama, Qwen2, Qwen3), and from GGUF files.
+r"""Backbones from and to Hugging Face, and from GGUF files; the published speech tokenizers.
 
     python -m t5x_audio.convert --from_hf=Step-Audio-TTS-3B --model_dir=models/tts_3b
     python -m t5x_audio.convert --from_gguf=SmolLM2-135M.Q4_1.gguf --model_dir=models/smollm2
     python -m t5x_audio.convert --model_dir=models/tts_3b --to_hf=exported
+    python -m t5x_audio.convert --from_paraformer=DIR --codebook=linguistic_tokenizer.npy \
+      --from_speech_tokenizer=speech_tokenizer_v1.onnx --model_dir=runs/step
+    python -m t5x_audio.convert --model_dir=runs/step --to_paraformer=DIR --to_speech_tokenizer=FILE
 
 Tensors keep their type (quantised ones become float32) and pass one at a time: memory is bounded by
 the largest (benchmarks/large_import.py), except in the export of a run's checkpoint, which holds
 one shard of a stack of layers. What was imported from Hugging Face and not changed is exported as
 the same files, byte for byte; `--dtype` and other models get files of their own.
+
+Tokenizers become `<model_dir>/linguistic_tokenizer` and `<model_dir>/semantic`, as in a run
+(docs/tokenizers.md).
 """
 
 import json
@@ -34,6 +40,11 @@ def run(
     from_gguf: str | None = None,
     to_hf: str | None = None,
     dtype: str | None = None,
+    from_paraformer: str | None = None,
+    codebook: str | None = None,
+    from_speech_tokenizer: str | None = None,
+    to_paraformer: str | None = None,
+    to_speech_tokenizer: str | None = None,
 ) -> dict[str, Any]:
     """Imports a checkpoint to `model_dir`, or exports the model there.
 
@@ -43,22 +54,42 @@ def run(
       from_gguf: file of llama.cpp to import.
       to_hf: folder to export to; it must not hold a checkpoint yet.
       dtype: 'bfloat16', 'float16' or 'float32' for an export; None keeps each tensor's own.
+      from_paraformer: folder of FunASR to import: model.pt, am.mvn, config.yaml; with `codebook`.
+      codebook: the k-means centres, a .npy file.
+      from_speech_tokenizer: ONNX file of CosyVoice to import, alone or with the former.
+      to_paraformer: folder to export the linguistic tokenizer to, its codebook included.
+      to_speech_tokenizer: ONNX file to export the semantic tokenizer to.
 
     Returns:
-      family, parameters and tensors, and where they went.
+      Of a backbone its family, of each model parameters and tensors, and where they went.
 
     Raises:
-      UserError: not one of from_hf, from_gguf and to_hf, or a checkpoint that is missing, damaged,
-        of another family or with tensors that do not fit its configuration.
+      UserError: none or several of the ways, or a checkpoint that is missing, damaged, of another
+        family or with tensors that do not fit its configuration.
     """
-    if [from_hf, from_gguf, to_hf].count(None) != 2:
-        raise UserError("convert: give one of --from_hf=FOLDER, --from_gguf=FILE, --to_hf=FOLDER")
+    tokenizers_in = from_paraformer or from_speech_tokenizer
+    tokenizers_out = to_paraformer or to_speech_tokenizer
+    ways = [from_hf, from_gguf, to_hf, tokenizers_in, tokenizers_out]
+    if ways.count(None) != len(ways) - 1:
+        raise UserError(
+            "convert: give one of --from_hf=FOLDER, --from_gguf=FILE, --to_hf=FOLDER, "
+            "--from_paraformer=FOLDER and --from_speech_tokenizer=FILE, or --to_paraformer=FOLDER "
+            "and --to_speech_tokenizer=FILE"
+        )
+    if (codebook is None) != (from_paraformer is None):
+        raise UserError("convert: --from_paraformer=FOLDER and --codebook=FILE.npy go together")
     if dtype is not None and (to_hf is None or dtype not in _TORCH_DTYPES):
         raise UserError(f"--dtype={dtype}: for --to_hf only, one of {', '.join(_TORCH_DTYPES)}")
     if from_hf is not None:
         return import_folder(Path(from_hf), Path(model_dir))
     if from_gguf is not None:
         return import_gguf(Path(from_gguf), Path(model_dir))
+    if tokenizers_in is not None:
+        return import_tokenizers(
+            Path(model_dir), _path(from_paraformer), _path(codebook), _path(from_speech_tokenizer)
+        )
+    if tokenizers_out is not None:
+        return export_tokenizers(Path(model_dir), _path(to_paraformer), _path(to_speech_tokenizer))
     return export_checkpoint(Path(model_dir), Path(to_hf), dtype)
 
 
@@ -152,6 +183,8 @@ def export_checkpoint(model_dir: Path, folder: Path, dtype: str | None) -> dict[
     if not isinstance(config, TransformerConfig):
         raise UserError(f"{model_dir}: holds a {type(config).__name__}, not a backbone")
     hugging_face.family_of(config)
+    if config.soft_width:
+        print(f"{model_dir}: no family has its soft_projector: left out", file=sys.stderr)
     for name in (SINGLE_FILE, INDEX_FILE):
         if (folder / name).exists():
             raise UserError(f"{folder}: holds {name} already; give another --to_hf")
@@ -248,11 +281,78 @@ def _restore_kept(kept: Path, folder: Path, config, dtype: str) -> None:
     os.replace(temporary, folder / "config.json")
 
 
+def import_tokenizers(
+    model_dir: Path, paraformer_dir: Path | None, codebook: Path | None, onnx_file: Path | None
+) -> dict[str, Any]:
+    """See `run`. Both are read and checked before anything is written."""
+    from t5x_audio.interop import paraformer, speech_tokenizer
+    from t5x_audio.serving.model_dir import RunDirectory
+    from t5x_audio.training import checkpoints
+
+    places, loaded = RunDirectory(model_dir), {}
+    if paraformer_dir is not None:
+        loaded[places.linguistic_tokenizer] = paraformer.load(paraformer_dir, codebook)
+    if onnx_file is not None:
+        loaded[places.semantic_tokenizer] = speech_tokenizer.load(onnx_file)
+    summary: dict[str, Any] = {"model_dir": str(model_dir)}
+    for place, (model, report) in loaded.items():
+        summary |= {f"{place.name}_{name}": number for name, number in report.items()}
+        if checkpoints.checkpoint_steps(place):
+            checkpoints.require_same_configs(place, {"model": model.config})
+            print(f"{place}: finished already", file=sys.stderr)
+            continue
+        with checkpoints.leaving_nothing_behind(place):
+            if place == places.linguistic_tokenizer:
+                paraformer.keep(paraformer_dir, place / paraformer.KEPT)
+            checkpoints.save_model(place, {"model": model.config}, {"model": model})
+    return summary
+
+
+def export_tokenizers(
+    model_dir: Path, paraformer_dir: Path | None, onnx_file: Path | None
+) -> dict[str, Any]:
+    """See `run`."""
+    from t5x_audio.interop import paraformer, speech_tokenizer
+    from t5x_audio.serving.model_dir import RunDirectory
+    from t5x_audio.tokenizers.linguistic import LinguisticTokenizer
+    from t5x_audio.tokenizers.semantic import SemanticTokenizer
+    from t5x_audio.training import checkpoints
+
+    def load(place: Path, kind: type):
+        model = checkpoints.load_model(place)
+        if not isinstance(model, kind):
+            raise UserError(f"{place}: holds a {type(model).__name__}, not a {kind.__name__}")
+        return model
+
+    places, summary = RunDirectory(model_dir), {}
+    if paraformer_dir is not None:
+        place = places.linguistic_tokenizer
+        model = load(place, LinguisticTokenizer)
+        report = paraformer.save(model, paraformer_dir, place / paraformer.KEPT)
+        summary |= {f"{place.name}_{name}": number for name, number in report.items()}
+        summary["paraformer_dir"] = str(paraformer_dir)
+    if onnx_file is not None:
+        place = places.semantic_tokenizer
+        report = speech_tokenizer.save(load(place, SemanticTokenizer), onnx_file)
+        summary |= {f"{place.name}_{name}": number for name, number in report.items()}
+        summary["onnx_file"] = str(onnx_file)
+    return summary
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
 def _add_flags(parser) -> None:
     parser.add_argument("--from_hf", help="folder of the checkpoint to import")
     parser.add_argument("--from_gguf", help="file of llama.cpp to import")
     parser.add_argument("--to_hf", help="folder to export to")
     parser.add_argument("--dtype", help="of an export: bfloat16, float16 or float32")
+    parser.add_argument("--from_paraformer", help="folder of FunASR to import")
+    parser.add_argument("--codebook", help="its k-means centres, a .npy file")
+    parser.add_argument("--from_speech_tokenizer", help="ONNX file of CosyVoice to import")
+    parser.add_argument("--to_paraformer", help="folder to export the linguistic tokenizer to")
+    parser.add_argument("--to_speech_tokenizer", help="ONNX file to export the semantic one to")
 
 
 if __name__ == "__main__":

@@ -372,8 +372,9 @@ def _interrupt(signum, frame):
 
 
 def _show_unraisable(what) -> None:
-    """All but what writes that a full disk left behind say: their event loop is gone."""
-    if str(what.exc_value) != "Event loop is closed":
+    """All but what Orbax's reads and writes that another's error left behind say."""
+    left_behind = ("Event loop is closed", "Encountered error while reading array index")
+    if not str(what.exc_value).startswith(left_behind):
         sys.__unraisablehook__(what)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from t5x_audio import launch
+from t5x_audio.errors import UserError
 
 if TYPE_CHECKING:
     from t5x_audio.training.learner import Learner
@@ -80,7 +81,8 @@ def run(
       model_dir, step, the last train and validation metrics.
 
     Raises:
-      UserError: bad sizes, mesh, data or executable, or a step that went wrong.
+      UserError: bad sizes, mesh, data or executable, a step that went wrong, or a record that
+        cannot be read (on one host with everything saved, on several from the last checkpoint on).
       KeyboardInterrupt: after a signal, with everything saved.
     """
     # Heavy, and of no use to --help.
@@ -114,15 +116,22 @@ def run(
             return progress.results(directory, saved.latest_step())
 
         compiled = program.TrainProgram(learner, mesh, rules, seed, guard)
-        iterator = iter(dataset)
+        learner.check_data(dataset)
+        if hasattr(dataset, "batch_size"):
+            own_rows = partitioning.rows_of_process(mesh, dataset.batch_size)
         if jax.process_count() > 1 and hasattr(dataset, "iterator"):
-            iterator = dataset.iterator(partitioning.rows_of_process(mesh, dataset.batch_size))
+            iterator = dataset.iterator(own_rows)
+        else:
+            iterator = iter(dataset)
         rows = getattr(iterator, "rows", None)
         batch_size = getattr(iterator, "batch_size", None)
 
         def last_good():
             """-> (state, iterator state or None) of the last checkpoint, or of the beginning."""
-            return saved.restore(compiled.template) or (learner.warm_start(compiled.init()), None)
+            if (found := saved.restore(compiled.template)) is not None:
+                return found
+            learner.check_start(compiled.template)
+            return learner.warm_start(compiled.init()), None
 
         state, iterator_state = last_good()
         if iterator_state is not None:
@@ -148,6 +157,13 @@ def run(
             iterator, functools.partial(place, rows=rows, batch_size=batch_size)
         )
         unlogged, rolled_back = [], 0
+
+        def log(step, metrics):
+            values, rates = summarize(metrics), console.rates()
+            values |= learner.derived(values) | rates | goodput.add(rates)
+            writer.write(step, "train", values)
+            console.show(values)
+
         try:
             while step < steps:
                 step += 1
@@ -155,6 +171,14 @@ def run(
                     batch, host_batch, iterator_state = next(batches)
                 except StopIteration:
                     raise progress.data_ended(directory, step - 1, steps) from None
+                except UserError as error:  # of a damaged shard
+                    unlogged, alone = jax.device_get(unlogged), jax.process_count() == 1
+                    if alone and step > start + 1 and guard.first_bad(unlogged) is None:
+                        if unlogged:
+                            log(step - 1, unlogged)
+                        saved.save(state, iterator_state)
+                        saved.wait()
+                    raise progress.data_failed(error, saved) from error
                 step_flops = count_flops(state, batch, learner.branch(step - 1))
                 if executable is not None and step == start + 1:
                     take_step = executables.load(
@@ -189,10 +213,7 @@ def run(
                         writer.close()
                         writer = MetricWriter(directory, from_step=step)
                         continue
-                    values, rates = summarize(unlogged), console.rates()
-                    values |= learner.derived(values) | rates | goodput.add(rates)
-                    writer.write(step, "train", values)
-                    console.show(values)
+                    log(step, unlogged)
                     unlogged = []
                 due = step == steps or (eval_every and step % eval_every == 0)
                 if due and hasattr(dataset, "eval_sets"):

@@ -10,8 +10,9 @@ Here the layouts of `t5x_audio.sequences` are applied to tokenised corpora. Tens
 from collections.abc import Mapping
 
 TASKS = (
-    *("continuation", "interleaved", "asr", "tts", "text", "tqta"),
-    *("aqta", "taqta", "aqaa", "tqaa", "aqaa_preference"),
+    *("continuation", "linguistic_alone", "semantic_alone"),
+    *("interleaved", "asr", "tts", "text", "tqta"),
+    *("aqta", "taqta", "aqaa", "tqaa", "aqaa_preference", "image_text"),
 )
 
 
@@ -26,7 +27,7 @@ def register_all(
     """Registers every task over the tokens under `run_dir`, and the given mixtures.
 
     Args:
-      run_dir: the run; tokens/ and corpus/ under it are read.
+      run_dir: the run; tokens/, corpus/ and images/ under it are read.
       vocabulary: a `Vocabulary` with its SentencePiece model.
       mixtures: name -> {task: share of the tokens}; see `tasks.mixtures`.
       text_block, audio_block: ratio of a spoken answer.
@@ -38,14 +39,14 @@ def register_all(
     import tensorflow as tf
 
     from t5x_audio.sequences.layouts import Layouts
-    from tasks import aqaa, aqta, asr, continuation, dpo, interleaved, text, tts
+    from tasks import aqaa, aqta, asr, continuation, dpo, image_text, interleaved, text, tts
     from tasks import mixtures as mixing
     from tasks.corpus import TokenCorpus
 
     for kind in ("GPU", "TPU"):  # TensorFlow prepares data here and must take no accelerator.
         tf.config.set_visible_devices([], kind)
     corpus, layouts = TokenCorpus(run_dir, vocabulary), Layouts(vocabulary, text_block, audio_block)
-    families = (continuation, interleaved, asr, tts, aqta, aqaa, dpo)
+    families = (continuation, interleaved, asr, tts, aqta, aqaa, dpo, image_text)
     names = [name for family in families for name in family.register(corpus, layouts)]
     names += text.register(corpus, layouts, sequence_length)
     for name, shares in (mixtures or {}).items():

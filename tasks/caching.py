@@ -1,7 +1,8 @@
 """A SeqIO task as a cache on disk: shards, lengths and figures, in one directory.
 
 `<split>-*.array_record` holds tokens int32[L] and weights float32[L] of each example (preference
-pairs: both of each), and in validation and test the texts beside them; `<split>-lengths.npy` the
+pairs: both of each), with images soft_embeddings float16[k, width], and in validation and test the
+texts beside them; `<split>-lengths.npy` the
 number of tokens, so that a reader can plan without reading; stats.json, written last, the figures
 and what the cache was made from.
 """
@@ -17,6 +18,8 @@ from t5x_audio.data import lm_reader, records
 from t5x_audio.errors import UserError
 from t5x_audio.sequences.vocabulary import MODALITIES, Vocabulary
 from tasks.corpus import TokenCorpus
+
+_SOFT = "soft_embeddings"
 
 
 def fingerprint(corpus: TokenCorpus, vocabulary: Vocabulary, settings: tuple) -> str:
@@ -58,6 +61,10 @@ def cache(
         figures = _cache_split(name, building, split, vocabulary, num_shards)
         if figures:
             stats[split] = figures
+    soft = [stats[split][_SOFT] for split in records.SPLITS if _SOFT in stats.get(split, ())]
+    if soft:
+        most = max(found["most"] for found in soft)
+        stats[_SOFT] = soft[0] | {"most": most, "placeholder": vocabulary.image}
     if "train" not in stats:
         shutil.rmtree(building, ignore_errors=True)
         raise UserError(f"task {name}: the tokens hold no training example for it")
@@ -69,11 +76,14 @@ def cache(
 
 def _cache_split(name, directory, split, vocabulary, num_shards) -> dict | None:
     """Writes the shards and lengths of one split; its figures, None when it has no example."""
-    lengths, targets = [], 0
+    lengths, targets, soft = [], 0, {}
     by_modality = np.zeros(len(MODALITIES), np.int64)
     with records.RecordWriter(directory, split, num_shards) as writer:
         for example in _examples(name, split):
             writer.write(_record(example, keep_texts=split != "train"))
+            if _SOFT in example:
+                count, width = example[_SOFT].shape
+                soft = {"most": max(count, soft.get("most", 0)), "width": width}
             tokens = [value for key, value in example.items() if key.endswith("tokens")]
             lengths.append(max(map(len, tokens)))
             for ids in tokens:
@@ -87,7 +97,7 @@ def _cache_split(name, directory, split, vocabulary, num_shards) -> dict | None:
     # Records go round the shards; readers see one shard after the other.
     order = np.concatenate([np.arange(s, len(lengths), num_shards) for s in range(num_shards)])
     np.save(lm_reader.lengths_path(directory, split), np.asarray(lengths, np.int32)[order])
-    return {
+    return ({_SOFT: soft} if soft else {}) | {
         "examples": len(lengths),
         "tokens": int(by_modality.sum()),
         "targets": targets,
@@ -111,7 +121,7 @@ def _examples(name: str, split: str):
 def _record(example: dict, keep_texts: bool) -> dict:
     record = {}
     for key, value in example.items():
-        if key.endswith(("tokens", "weights")):
+        if key.endswith(("tokens", "weights")) or key == _SOFT:
             record[key] = value
         elif keep_texts:
             record[key] = value.decode()

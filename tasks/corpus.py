@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from t5x_audio.data import corpus as corpora
-from t5x_audio.data import documents, records
+from t5x_audio.data import documents, images, records
 from t5x_audio.errors import UserError
 from t5x_audio.sequences.vocabulary import Vocabulary
 from t5x_audio.tokenizers import dual_codebook
@@ -72,7 +72,8 @@ class TokenCorpus:
             for s in records.SPLITS
             for p in _shards(d, s)
         ]
-        return files + [os.path.join(d, corpora.QUESTIONS_FILE) for d in self._question_dirs()]
+        files += [os.path.join(d, corpora.QUESTIONS_FILE) for d in self._question_dirs()]
+        return files + images.source_files(self.run_dir)
 
     def clips(self, split: str) -> Iterator[Clip]:
         """All clips of a split, corpus by corpus."""

@@ -2,7 +2,8 @@
 
 A task is a source (split -> dicts), the TensorFlow form of those dicts, and a layout that turns
 one of them into `Sequence`s. SeqIO gives it a name, splits, features, metrics and a place in
-mixtures. Texts of the example travel on beside the features, as the metadata of an evaluation.
+mixtures. Texts of the example travel on beside the features, as the metadata of an evaluation, and
+so do embeddings of images, which are no tokens.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,7 @@ TEXT = tf.TensorSpec((), tf.string)
 CODES = tf.TensorSpec((None,), tf.int32)
 TEXTS = tf.TensorSpec((None,), tf.string)
 NUMBER = tf.TensorSpec((), tf.int32)
+EMBEDDINGS = tf.TensorSpec((None, None), tf.float16)
 
 
 def add_task(
@@ -80,9 +82,9 @@ def _dataset_fn(source, spec):
 
 
 def _lay_out(layout, spec, prefixes):
-    """Preprocessor: applies `layout`; keeps scalar texts, drops the rest of the example."""
+    """Preprocessor: applies `layout`; keeps scalar texts and embeddings, drops the rest."""
     keys = list(spec)
-    metadata = [key for key in keys if spec[key] == TEXT]
+    metadata = [key for key in keys if spec[key] in (TEXT, EMBEDDINGS)]
     names = [prefix + part for prefix in prefixes for part in ("tokens", "weights")]
     dtypes = [tf.int32, tf.float32] * len(prefixes)
 

@@ -1,5 +1,7 @@
 """More rows for a vocabulary: text as before, new tokens apart from each other."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,9 +20,9 @@ def small(tied):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_what_the_model_says_of_text_stays(tmp_path, tied):
-    config = small(tied)
+@pytest.mark.parametrize(("tied", "soft_width"), [(False, 0), (True, 0), (False, 3)])
+def test_what_the_model_says_of_text_stays(tmp_path, tied, soft_width):
+    config = dataclasses.replace(small(tied), soft_width=soft_width)
     old = config.make(nnx.Rngs(1))
     checkpoints.save_model(tmp_path / "old", {"model": config}, {"model": old})
     arguments = dict(source=str(tmp_path / "old"), model_dir=str(tmp_path / "new"))

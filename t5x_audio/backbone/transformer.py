@@ -16,6 +16,8 @@ Choices:
 - One code path: training, prefill and one-token steps differ only in the cache they pass. Keys are
   masked by segment and position, so packed rows, padding and the unused tail of a cache need no
   case of their own.
+- Soft tokens, a frozen encoder's embeddings of an image, take the place of rows of the table
+  through one learnt matrix (LLaVA, arXiv 2304.08485, section 4.1). The encoder runs elsewhere.
 - Outputs into the residual stream start smaller by sqrt(2 num_layers) (GPT-2); the published start
   is unknown.
 """
@@ -66,6 +68,7 @@ class TransformerConfig:
       scan_unroll: layers per iteration of the compiled loop; all of them is fastest for a small
         model, 1 compiles fastest for a deep one.
       attention_block: queries that meet their keys at once.
+      soft_width: width of the embeddings that may stand for tokens; 0: none, and no weights.
     """
 
     num_layers: int = 88
@@ -89,6 +92,7 @@ class TransformerConfig:
     remat: str = "full"
     scan_unroll: int = 1
     attention_block: int = 128
+    soft_width: int = 0
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -307,6 +311,11 @@ class Transformer(nnx.Module):
         self.config = config
         vocab, embed, std = config.vocab_size, config.embed, config.init_std
         self.embedding = _param(rngs, (vocab, embed), ("vocab", "embed"), std)
+        if config.soft_width:
+            # Embeddings of unit variance come out as large as a row of the table.
+            soft_std = std * config.soft_width**-0.5
+            shape = (config.soft_width, embed)
+            self.soft_projector = _param(rngs, shape, (None, "embed"), soft_std)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -352,8 +361,12 @@ class Transformer(nnx.Module):
             logits = jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
         return _scaled(logits, self, "head")
 
-    def hidden(self, tokens, positions=None, segment_ids=None, cache=None):
-        """As `__call__`, but returns ([B, S, embed] before the head, cache or None)."""
+    def hidden(self, tokens, positions=None, segment_ids=None, cache=None, soft=None):
+        """As `__call__`, but returns ([B, S, embed] before the head, cache or None).
+
+        `soft`: None, or (embeddings [B, M, soft_width], index int32[B, S]): which of its row's
+        embeddings stands for a token, -1 for none. UserError where the model has no such width.
+        """
         start = 0 if cache is None else cache.length
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
@@ -362,7 +375,10 @@ class Transformer(nnx.Module):
         if cache is None:
             balance = context_parallel.balance
             tokens, positions, segment_ids = map(balance, (tokens, positions, segment_ids))
+            soft = soft and (soft[0], balance(soft[1]))
         x = self.embedding[...][tokens].astype(jnp.dtype(self.config.dtype))
+        if soft is not None:
+            x = self._with_soft(x, *soft)
         x = _laid_out(x, cache)
         if cache is not None:
             cache = cache.replace(
@@ -383,6 +399,18 @@ class Transformer(nnx.Module):
         if cache is None:
             x = context_parallel.restore(x)
         return self.final_norm(x), cache
+
+    def _with_soft(self, x, embeddings, index):
+        """`x` [B, S, embed] with the projected embeddings where `index` names one."""
+        width = self.config.soft_width
+        if embeddings.shape[-1] != width:
+            raise UserError(
+                f"the batch has soft tokens of width {embeddings.shape[-1]} and the model "
+                f"soft_width={width}; give TransformerConfig.soft_width={embeddings.shape[-1]}"
+            )
+        soft = dense(embeddings.astype(x.dtype), self.soft_projector[...], (None, FSDP_AXIS))
+        placed = jnp.take_along_axis(soft, jnp.maximum(index, 0)[..., None], axis=1)
+        return jnp.where(index[..., None] >= 0, placed, x)
 
     def _scan(self, x, place, turned, start, cache):
         """All layers by one compiled body over their stack; the cache is written in place."""

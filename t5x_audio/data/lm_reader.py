@@ -14,9 +14,11 @@ Choices:
 """
 
 import functools
+import glob
 import itertools
 import json
 import logging
+import numbers
 import os
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -26,6 +28,7 @@ import numpy as np
 
 from t5x_audio.data import readers as reading
 from t5x_audio.data import records
+from t5x_audio.data.soft_embeddings import SoftEmbeddings
 from t5x_audio.errors import UserError
 
 STATS_FILE = "stats.json"
@@ -44,12 +47,18 @@ def read_stats(directory: str) -> dict:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
     except FileNotFoundError:
+        root, task = os.path.split(os.path.normpath(directory))
+        found = ", ".join(sorted(os.path.basename(os.path.dirname(p)) for p in _all_stats(root)))
         raise UserError(
-            f"no cache of task {os.path.basename(directory)!r} at {directory}: "
-            "run t5x_audio.cache_tasks"
+            f"no cache of task {task!r} in {root}, which has {found or 'none'}: "
+            "run t5x_audio.cache_tasks or choose from these"
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged: delete it and run t5x_audio.cache_tasks") from error
+
+
+def _all_stats(root: str) -> list[str]:
+    return glob.glob(os.path.join(glob.escape(root), "*", STATS_FILE))
 
 
 def lengths_path(directory: str, split: str) -> str:
@@ -101,7 +110,8 @@ class CachedTask:
 class PackedLmDataset:
     """Endless packed batches over a mixture of tasks; see the module docstring.
 
-    A batch: tokens, targets, segment_ids, positions int32[B, S]; weights float32[B, S].
+    A batch: tokens, targets, segment_ids, positions int32[B, S]; weights float32[B, S]; and
+    what soft_embeddings.py adds where there is room for soft tokens.
     `iter()` gives an iterator with `get_state()` and `set_state(state)`, which are exact.
 
     Attributes:
@@ -123,6 +133,8 @@ class PackedLmDataset:
         open_rows: int = 64,
         readers: int = 1,
         changes: Mapping[int, Mapping[str, float]] | None = None,
+        soft_tokens: int = 0,
+        soft_width: int = 0,
     ):
         """Opens the caches under `<run_dir>/tasks`.
 
@@ -141,10 +153,11 @@ class PackedLmDataset:
           readers: of which every host runs its share; a divisor of B and, for each to run one, no
             fewer than hosts. The order of the examples depends on it.
           changes: batch -> the mixture from that batch on.
+          soft_tokens, soft_width: M and W, room for the embeddings of images in a row.
 
         Raises:
-          UserError: a cache is missing or damaged, the rates are unusable, or the tasks were
-            cached with different vocabularies.
+          UserError: a cache is missing or damaged, the rates are unusable, the tasks were cached
+            with different vocabularies, or there is no room for a task's embeddings.
         """
         self._phases = _phases(mixture, changes or {})
         self.mixture = self._phases[0][1]
@@ -157,12 +170,18 @@ class PackedLmDataset:
         self.dropped = {name: task.dropped for name, task in self._tasks.items()}
         self.vocabulary_sizes = _common_vocabulary(self._tasks)
         self._pad = next(iter(self._tasks.values())).stats["pad"]
+        self._soft = SoftEmbeddings(soft_tokens, soft_width).of_tasks(
+            {name: task.stats for name, task in self._tasks.items()}
+        )
 
     @staticmethod
-    def batch_shapes(sequence_length: int = 512, batch_size: int = 8) -> BatchShapes:
+    def batch_shapes(
+        sequence_length: int = 512, batch_size: int = 8, soft_tokens: int = 0, soft_width: int = 0
+    ) -> BatchShapes:
         """Of a batch with these settings of the constructor; no data is needed."""
-        return _shapes(("tokens", "targets", "segment_ids", "positions"), ("weights",),
-                       batch_size, sequence_length)  # fmt: skip
+        shapes = _shapes(("tokens", "targets", "segment_ids", "positions"), ("weights",),
+                         batch_size, sequence_length)  # fmt: skip
+        return shapes | SoftEmbeddings(soft_tokens, soft_width).shapes(batch_size, sequence_length)
 
     def _names(self) -> list[str]:
         return list(dict.fromkeys(name for _, mixture in self._phases for name in mixture))
@@ -203,13 +222,18 @@ class PackedLmDataset:
     def _pack(self, examples: grain.MapDataset) -> grain.IterDataset:
         """Rows of length S, in an order that the seed and the examples determine."""
         rows = grain.experimental.BestFitPackIterDataset(
-            examples.map(_columns).to_iter_dataset(_READ),
-            length_struct={"columns": self.sequence_length},
-            padding_struct={"columns": np.array([self._pad, self._pad, 0], np.int32)},
+            examples.map(lambda e: _columns(e) | self._soft.columns(e)).to_iter_dataset(_READ),
+            length_struct={"columns": self.sequence_length} | self._soft.lengths,
+            padding_struct={"columns": np.array([self._pad, self._pad, 0], np.int32)}
+            | self._soft.padding,
             num_packing_bins=self._open_rows,
             seed=self.seed,
         )
-        return rows.map(_named)
+        return rows.map(self._fields)
+
+    def _fields(self, row: dict) -> dict:
+        named = _named(row)
+        return named | self._soft.fields(row, named["tokens"])
 
     def __iter__(self) -> reading.GlobalBatches:
         return self.iterator()
@@ -250,6 +274,8 @@ class PackedLmDataset:
         empty = {key: np.zeros_like(value) for key, value in rows[0].items()}
         for key in ("tokens", "targets"):
             empty[key] += self._pad
+        if "soft_index" in empty:
+            empty["soft_index"] -= 1
         rows = rows + [empty] * (self.batch_size - len(rows))
         return {key: np.stack([row[key] for row in rows]) for key in empty}
 
@@ -270,8 +296,8 @@ def _phases(mixture, changes) -> list[tuple[int, dict[str, float]]]:
     bad = [batch for batch in changes if int(batch) != batch or batch < 1]
     if bad:
         raise UserError(f"changes: {bad[0]!r} is no batch; a mixture changes at batch 1 or later")
-    later = sorted((int(batch), _positive_rates(shares)) for batch, shares in changes.items())
-    return [(0, _positive_rates(mixture)), *later]
+    later = sorted((int(batch), positive_rates(shares)) for batch, shares in changes.items())
+    return [(0, positive_rates(mixture)), *later]
 
 
 def _shapes(integers, floats, *shape: int) -> BatchShapes:
@@ -375,8 +401,15 @@ def _chunks(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
         yield chunk
 
 
-def _positive_rates(mixture: Mapping[str, float]) -> dict[str, float]:
-    bad = [name for name, rate in mixture.items() if not 0 <= rate < float("inf")]
+def positive_rates(mixture: Mapping[str, float]) -> dict[str, float]:
+    """The tasks of a mixture that have a share. UserError for one that cannot be mixed."""
+    if not isinstance(mixture, Mapping):
+        raise UserError(f"mixture {mixture!r}: give {{task: share}}")
+
+    def usable(rate):
+        return isinstance(rate, numbers.Real) and 0 <= rate < float("inf")
+
+    bad = [name for name, rate in mixture.items() if not usable(rate)]
     if bad:
         raise UserError(f"mixture: the share of {bad[0]!r} is {mixture[bad[0]]}, not a number >= 0")
     rates = {name: float(rate) for name, rate in mixture.items() if rate > 0}

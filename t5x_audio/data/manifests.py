@@ -14,7 +14,7 @@ librispeech, common_voice and the like.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -57,18 +57,12 @@ def read_manifest(path: str, validation: float, test: float) -> list[Recording]:
       UserError: naming the line, when it is no JSON or a field is missing, unknown or of another
         kind, or an id comes twice in a split.
     """
-    file = pathlib.Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+    folder = pathlib.Path(path).parent
     found, seen = [], set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        recording = _of_row(_row(path, number, line), file.parent, validation, test)
+    for where, row in read_rows(path, _FIELDS):
+        recording = _of_row(_checked(where, row), folder, validation, test)
         if (recording.split, recording.id) in seen:
-            raise UserError(f"{path}: line {number}: a second clip with id {recording.id!r}")
+            raise UserError(f"{where}: a second clip with id {recording.id!r}")
         seen.add((recording.split, recording.id))
         found.append(recording)
     if not found:
@@ -76,25 +70,45 @@ def read_manifest(path: str, validation: float, test: float) -> list[Recording]:
     return found
 
 
-def _row(path: str, number: int, line: str) -> dict:
-    where = f"{path}: line {number}"
+def read_rows(path: str, fields: Collection[str]) -> Iterator[tuple[str, dict]]:
+    """The objects of a JSONL file, each with its place in it, for errors.
+
+    UserError, naming the line, when it is no object, has a field of another name than `fields` or
+    a `split` that there is not.
+    """
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}: line {number}"
+            yield where, _row(where, line, fields)
+
+
+def _row(where: str, line: str, fields: Collection[str]) -> dict:
     try:
         row = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where}: is not JSON ({error})") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: is not an object with fields")
+    unknown = [name for name in row if name not in fields]
+    if unknown:
+        raise UserError(f"{where}: unknown field {unknown[0]!r}; there are {', '.join(fields)}")
+    if row.get("split", "train") not in records.SPLITS:
+        raise UserError(f"{where}: split {row['split']!r} is none of {', '.join(records.SPLITS)}")
+    return row
+
+
+def _checked(where: str, row: dict) -> dict:
     for name, value in row.items():
-        if name not in _FIELDS:
-            raise UserError(f"{where}: unknown field {name!r}; there are {', '.join(_FIELDS)}")
         numeric = name in ("offset", "duration")
         if not isinstance(value, (int, float) if numeric else str) or (numeric and value < 0):
             kind = "a number from 0 on" if numeric else "a text"
             raise UserError(f"{where}: {name}={value!r} is not {kind}")
     if not (row.get("audio") or row.get("audio_filepath")):
         raise UserError(f"{where}: lacks the field 'audio'")
-    if row.get("split", "train") not in records.SPLITS:
-        raise UserError(f"{where}: split {row['split']!r} is none of {', '.join(records.SPLITS)}")
     return row
 
 

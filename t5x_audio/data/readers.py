@@ -36,7 +36,8 @@ class GlobalBatches:
       make: (reader, phase) -> Grain's iterator of that reader's part of the batches of a phase.
       starts: batch at which each phase begins, rising, the first at 0.
       batch_size, readers: of the whole.
-      rows: rows of the global batch that are wanted; None for all.
+      rows: rows of the global batch that are wanted; None for all. UserError if they are fewer than
+        those of a reader.
 
     Attributes:
       rows: int[n], the rows of the global batch that are in a batch here: whole readers.
@@ -53,6 +54,12 @@ class GlobalBatches:
     ):
         share = share_of_rows(batch_size, readers)
         wanted = range(batch_size) if rows is None else rows
+        if len(set(wanted)) * readers < batch_size:
+            raise UserError(
+                f"readers={readers}: a host wants {len(set(wanted))} rows of batch_size="
+                f"{batch_size}, a reader makes {share}, most for nothing; give as many readers as "
+                "hosts"
+            )
         chosen = sorted({row // share for row in wanted})
         self.batch_size = batch_size
         self.rows = np.concatenate([np.arange(r * share, (r + 1) * share) for r in chosen])

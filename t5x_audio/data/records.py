@@ -54,11 +54,17 @@ def shard_paths(directory: str, split: str) -> list[str]:
     """
     paths = _named_like_shards(directory, split)
     found = [tuple(map(int, _SHARD_NAME.search(path).groups())) for path in paths]
-    if found and found != [(i, len(found)) for i in range(len(found))]:
+    counts = sorted({count for _, count in found})
+    if len(counts) > 1:
         raise UserError(
-            f"{directory}: the shards of split '{split}' are incomplete or mixed "
-            f"({len(found)} files, the last says 'of {found[-1][1]}'); delete and remake them"
+            f"{directory}: the shards of split '{split}' are mixed, of {counts[0]} and of "
+            f"{counts[1]}; delete and remake them"
         )
+    missing = sorted({(i, n) for n in counts for i in range(n)} - set(found))
+    if missing:
+        path = shard_path(directory, split, *missing[0])
+        others = f" and {len(missing) - 1} more of its split" if missing[1:] else ""
+        raise UserError(f"{path}: missing{others}; the shards are incomplete, remake them")
     return paths
 
 

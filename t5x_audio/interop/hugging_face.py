@@ -273,6 +273,8 @@ def stack_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     for tensor in tensors(config):
         stack = () if tensor.layer is None else (config.num_layers,)
         shapes[tensor.parameter] = (*stack, *tensor.inner)
+    if config.soft_width:  # no tensor there
+        shapes["soft_projector"] = (config.soft_width, config.embed)
     return shapes
 
 

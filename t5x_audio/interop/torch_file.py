@@ -1,4 +1,4 @@
-"""Reads PyTorch checkpoint files into numpy without PyTorch, in both of its formats.
+"""Reads PyTorch checkpoint files into numpy without PyTorch, in both of its formats; writes zip.
 
 - zip (since PyTorch 1.6): <root>/data.pkl describes the object, <root>/data/<key> hold storages;
 - legacy: four pickles (magic, protocol version, system, object), a pickled list of storage keys,
@@ -218,6 +218,9 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, mapped: np.ndarray)
 def _read_legacy(path: pathlib.Path):
     """Returns (the pickled object, {storage key: uint8 array})."""
     with path.open("rb") as file:
+        if file.read(2) == b"PK":  # a zip without its end
+            raise EOFError
+        file.seek(0)
         if _Unpickler(file).load() != _LEGACY_MAGIC:
             raise _Refused("not a PyTorch file; give one written by torch.save")
         if _Unpickler(file).load() != _LEGACY_VERSION:
@@ -278,3 +281,76 @@ def _to_array(tensor: _Tensor, storages: dict[str, np.ndarray]) -> np.ndarray:
         flat[tensor.offset :], tensor.shape, strides, writeable=False
     )
     return np.require(view, requirements="A")
+
+
+# ---- writing -------------------------------------------------------------------------------
+
+
+def write_torch_file(path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a state dict that torch.load reads, also with weights_only=True.
+
+    The file appears under its name only when complete.
+
+    Args:
+      path: of the new file.
+      arrays: {name: array} of types that PyTorch has.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(path.name + ".writing")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(_entry("data.pkl"), _pickled(arrays))
+        archive.writestr(_entry("byteorder"), b"little")
+        for i, array in enumerate(arrays.values()):
+            with archive.open(_entry(f"data/{i}"), "w", force_zip64=True) as member:
+                member.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        archive.writestr(_entry("version"), b"3\n")
+    temporary.replace(path)
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    """A member of the archive, the same at any time of writing."""
+    return zipfile.ZipInfo(f"archive/{name}")
+
+
+def _pickled(arrays: dict[str, np.ndarray]) -> bytes:
+    """The pickle (protocol 2) of a dict of tensors, each contiguous and alone in its storage.
+
+    Spelled out in opcodes: pickling torch's own names would need torch.
+    """
+    parts = [pickle.PROTO, b"\x02", pickle.EMPTY_DICT, pickle.MARK]
+    for i, (name, array) in enumerate(arrays.items()):
+        storage = f"{_DTYPE_NAMES[array.dtype.name]}Storage"
+        steps = [int(np.prod(array.shape[axis + 1 :])) for axis in range(array.ndim)]
+        kind = (_text("storage"), _global("torch", storage), _text(str(i)), _text("cpu"))
+        parts += [
+            _text(name),
+            _global("torch._utils", "_rebuild_tensor_v2"),
+            _tuple(
+                _tuple(*kind, _integer(array.size)) + pickle.BINPERSID,
+                _integer(0),
+                _tuple(*map(_integer, array.shape)),
+                _tuple(*map(_integer, steps)),
+                pickle.NEWFALSE,
+                _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE,
+            ),
+            pickle.REDUCE,
+        ]
+    return b"".join([*parts, pickle.SETITEMS, pickle.STOP])
+
+
+def _text(value: str) -> bytes:
+    encoded = value.encode()
+    return pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded
+
+
+def _integer(value: int) -> bytes:
+    encoded = pickle.encode_long(value)
+    return pickle.LONG1 + bytes([len(encoded)]) + encoded
+
+
+def _global(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+def _tuple(*items: bytes) -> bytes:
+    return pickle.MARK + b"".join(items) + pickle.TUPLE

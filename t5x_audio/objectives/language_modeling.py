@@ -27,7 +27,8 @@ class LanguageModeling:
     """objective(model, batch, rng, train) for packed batches.
 
     The batch holds tokens, targets int32[B, S] (already shifted), weights float32[B, S],
-    segment_ids and positions int32[B, S].
+    segment_ids and positions int32[B, S]; with images soft_embeddings [B, M, W] and soft_index
+    int32[B, S], see `Transformer.hidden`.
 
     Attributes:
       z_loss: coefficient of the squared log-normaliser.
@@ -58,7 +59,10 @@ class LanguageModeling:
         tokens = batch["tokens"]
         if train and self.word_dropout:
             tokens = self._drop_words(tokens, rng)
-        hidden, _ = model.hidden(tokens, batch["positions"], batch["segment_ids"])
+        soft = {}
+        if "soft_index" in batch:
+            soft = {"soft": (batch["soft_embeddings"], batch["soft_index"])}
+        hidden, _ = model.hidden(tokens, batch["positions"], batch["segment_ids"], **soft)
         count = weights.sum()
         share = weights / jnp.maximum(count, 1e-8)
         kernel = model.head_kernel.astype(hidden.dtype)
@@ -72,6 +76,16 @@ class LanguageModeling:
             counted = weights * inside
             metrics[f"loss_{stream}"] = (jnp.sum(losses * counted), counted.sum())
         return loss, metrics
+
+    def check_vocabulary(self, sizes: dict[str, int]) -> None:
+        """UserError if the streams are not those of a vocabulary of these sizes."""
+        for name in ("text_size", "linguistic_size", "semantic_size"):
+            here, there = getattr(self, name), sizes.get(name)
+            if here and there is not None and here != there:
+                raise UserError(
+                    f"LanguageModeling.{name}={here}, but the vocabulary of the data has {there}: "
+                    "give its sizes, or make vocabulary and caches again with these"
+                )
 
     def derived(self, values: dict[str, float]) -> dict[str, float]:
         """Perplexities of the losses that are there, of all targets and per stream."""

@@ -5,6 +5,8 @@ A layout takes texts (str) and audio (flat local codes, int32[5 g]) and gives a
 starts with <s>, which is never a target.
 
 - Documents (`continuation`, `interleaved`) end with </s>; all of their tokens are targets.
+- Documents with images (`image_text`) are the same, but no token of an image is a target: it is
+  `<image_start>`, k placeholders for the embeddings of a frozen encoder, `<image_end>`.
 - Chats are turns `<|BOT|> role newline content <|EOT|>`; only the last assistant turn's content
   and its <|EOT|> are targets. A system turn names what is wanted (transcript, written or spoken
   answer), as one model serves all tasks. Audio content is `<audio_start> ids <audio_end>`.
@@ -73,6 +75,21 @@ class Layouts:
             for span in spans
         ]
         return self._document(parts)
+
+    def image_text(self, spans: Iterable) -> Sequence:
+        """<s> spans </s>: a str is a text span, an int k an image of k soft tokens, in given order.
+
+        Targets: the text and </s>.
+        """
+        v, parts = self.vocabulary, []
+        for span in spans:
+            if isinstance(span, str):
+                parts.append(v.encode_text(span))
+            else:
+                parts.append([v.image_start, *[v.image] * int(span), v.image_end])
+        tokens, weights = self._document(parts)
+        weights[np.isin(tokens, [v.image_start, v.image, v.image_end])] = 0
+        return Sequence(tokens, weights)
 
     def _document(self, parts) -> Sequence:
         return self.all_targets(_concatenate([self.vocabulary.bos], *parts, [self.vocabulary.eos]))

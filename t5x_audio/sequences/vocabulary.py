@@ -37,7 +37,10 @@ INSTRUCTIONS = (TRANSCRIBE, SPEAK, ANSWER_IN_TEXT, ANSWER_IN_SPEECH)
 # Fixed by the published SentencePiece model; ours is trained to agree.
 UNK, BOS, EOS, EOT, BOT = range(5)
 _CONTROLS = {BOS: "<s>", EOS: "</s>", EOT: "<|EOT|>", BOT: "<|BOT|>"}
-_SPECIALS = ("<audio_start>", "<audio_end>", "<text_end>", "<pad>")
+_NEEDED = ("<audio_start>", "<audio_end>", "<text_end>", "<pad>")
+# Behind the others, which keep their ids; a vocabulary may have no rows for them.
+_OF_IMAGES = ("<image_start>", "<image_end>", "<image>")
+_SPECIALS = (*_NEEDED, *_OF_IMAGES)
 _SURFACE = re.compile("<audio_([0-9]+)>|(" + "|".join(map(re.escape, _SPECIALS)) + ")")
 _PRINTABLE = "".join(map(chr, range(32, 127)))
 
@@ -52,7 +55,8 @@ class Vocabulary:
     Attributes:
       text_size: rows for text; the SentencePiece model may fill fewer of them.
       linguistic_size, semantic_size: codebook sizes of the two tokenizers.
-      num_specials: rows kept for specials (at least 4: audio_start, audio_end, text_end, pad).
+      num_specials: rows kept for specials (at least 4: audio_start, audio_end, text_end, pad; 7
+        with image_start, image_end, image).
       multiple_of: `size` is rounded up to a multiple of this.
       sentencepiece: path of the SentencePiece model; None where no text is handled.
       prefix_space: a text is encoded as if a space stood before it, so that a word is the same
@@ -71,9 +75,9 @@ class Vocabulary:
     lowercase: bool = True
 
     def __post_init__(self):
-        if self.num_specials < len(_SPECIALS) or self.text_size <= BOT:
+        if self.num_specials < len(_NEEDED) or self.text_size <= BOT:
             raise UserError(
-                f"Vocabulary: num_specials={self.num_specials} must be at least {len(_SPECIALS)} "
+                f"Vocabulary: num_specials={self.num_specials} must be at least {len(_NEEDED)} "
                 f"and text_size={self.text_size} more than {BOT}"
             )
 
@@ -122,6 +126,29 @@ class Vocabulary:
         return self.specials_offset + 3
 
     @property
+    def image_start(self) -> int:
+        """Opens an image."""
+        return self._of_images(0)
+
+    @property
+    def image_end(self) -> int:
+        """Closes an image."""
+        return self._of_images(1)
+
+    @property
+    def image(self) -> int:
+        """Holds the place of a soft token, an embedding of an image."""
+        return self._of_images(2)
+
+    def _of_images(self, index: int) -> int:
+        if self.num_specials < len(_SPECIALS):
+            raise UserError(
+                f"the vocabulary has num_specials={self.num_specials}, and images need "
+                f"{len(_SPECIALS)}: set SEQUENCES_NUM_SPECIALS and run t5x_audio.train_vocabulary"
+            )
+        return self.specials_offset + len(_NEEDED) + index
+
+    @property
     def size(self) -> int:
         """Rows of the embedding table."""
         rows = self.specials_offset + self.num_specials
@@ -157,6 +184,10 @@ class Vocabulary:
         ids = np.asarray(ids, np.int32)
         _check_range(ids, self.audio_offset, self.specials_offset, "audio id")
         return ids - np.int32(self.audio_offset)
+
+    @property
+    def _specials(self) -> tuple[str, ...]:
+        return _SPECIALS[: self.num_specials]
 
     # ---- text -----------------------------------------------------------------------------
 
@@ -219,7 +250,7 @@ class Vocabulary:
 
     def surface(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids as one readable string: text as text, audio as <audio_N>, specials by name."""
-        named = {**_CONTROLS, **{self.specials_offset + i: n for i, n in enumerate(_SPECIALS)}}
+        named = {**_CONTROLS, **{self.specials_offset + i: n for i, n in enumerate(self._specials)}}
         out, text = [], []
         for token in map(int, np.asarray(ids).reshape(-1)):
             plain = token < self.text_size and token not in _CONTROLS
@@ -237,7 +268,8 @@ class Vocabulary:
         """A string of <audio_N> (and our specials) -> LM ids; anything else is a UserError."""
         ids, end = [], 0
         for match in _SURFACE.finditer(surface):
-            if surface[end : match.start()].strip():
+            unknown = match[2] is not None and match[2] not in self._specials
+            if unknown or surface[end : match.start()].strip():
                 break
             end = match.end()
             if match[1] is None:

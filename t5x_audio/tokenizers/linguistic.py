@@ -25,6 +25,7 @@ FBANK = audio_features.KaldiFbankConfig()
 STACKED_FRAMES = 7
 FRAME_STRIDE = 6
 MAX_COUNT = 1e6  # frames after which the statistics become a moving average
+VARIANCE_FLOOR = 1e-5  # added to every variance
 
 
 class Statistics(nnx.Variable):
@@ -98,13 +99,25 @@ class LinguisticTokenizer(nnx.Module):
         frames = audio_features.kaldi_fbank(audio, lengths, FBANK)
         counts = FBANK.num_frames(jnp.asarray(lengths))
         stacked = audio_features.low_frame_rate(frames, counts, STACKED_FRAMES, FRAME_STRIDE)
-        return stacked, audio_features.low_frame_rate_length(counts, FRAME_STRIDE)
+        stacks = audio_features.low_frame_rate_length(counts, FRAME_STRIDE)
+        if self.config.encoder.context == "chunk":
+            stacks = stacks - self._left_over(counts)
+        return stacked, stacks
+
+    def _left_over(self, frames: jax.Array) -> jax.Array:
+        """1 where a stream of so many fbank frames ends without its last stack, else 0.
+
+        FunASR's streaming front end fills a stack's missing frames with the last one, but makes no
+        stack of 3 frames or fewer that come after the last whole chunk.
+        """
+        beyond = frames % (self.config.encoder.chunk_frames * FRAME_STRIDE)
+        return ((beyond > 0) & (beyond <= (STACKED_FRAMES - 1) // 2)).astype(frames.dtype)
 
     def normalize(self, features, lengths, train: bool = False) -> jax.Array:
         """CMVN of features [B, N, 560]; `train` first adds them to the statistics."""
         if train:
             self._gather(features, lengths)
-        return (features - self.mean[...]) * jax.lax.rsqrt(self.variance[...] + 1e-5)
+        return (features - self.mean[...]) * jax.lax.rsqrt(self.variance[...] + VARIANCE_FLOOR)
 
     def _gather(self, features, lengths):
         """Merges the moments of a batch into the running ones (Chan et al., 1979)."""

@@ -1,4 +1,4 @@
-"""Layers of a Whisper-type audio encoder: strided convolutions and pre-norm attention blocks.
+"""Layers of a Whisper-type encoder: strided convolutions and pre-norm attention blocks.
 
 Source: Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision" (arXiv
 2212.04356) and its public implementation: keys have no bias, queries and keys are each scaled by
@@ -21,17 +21,22 @@ KERNEL = 3
 STRIDE = 2
 CONVOLUTION_GAIN = 2.0  # of the initial weights, over the variance-preserving ones
 BLOCK_OUTPUT_GAIN = 0.3
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """Sizes of the blocks; see `SemanticTokenizerConfig`."""
+    """Sizes of the blocks; see `SemanticTokenizerConfig`. `activation`: a key of ACTIVATIONS."""
 
     width: int
     num_heads: int
     mlp_dim: int
     dtype: str = "float32"
     scan_unroll: int = 1
+    activation: str = "gelu"
 
 
 def sinusoids(length: int, width: int) -> jax.Array:
@@ -77,7 +82,7 @@ class StridedConvolution(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm self-attention and GELU feed-forward; stacked, hence 'layers' first in the axes."""
+    """Pre-norm self-attention and feed-forward; stacked, hence 'layers' first in the axes."""
 
     def __init__(self, config: BlockConfig, rngs: nnx.Rngs):
         """Builds one block."""
@@ -118,7 +123,7 @@ class Block(nnx.Module):
         dtype = jnp.dtype(self.config.dtype)
         x = x + self._attend(self.attention_norm(x).astype(dtype), valid)
         hidden = self.up(self.mlp_norm(x).astype(dtype))
-        return x + self.down(jax.nn.gelu(hidden, approximate=False))
+        return x + self.down(ACTIVATIONS[self.config.activation](hidden))
 
     def _attend(self, x, valid):
         batch, length, width = x.shape

@@ -5,14 +5,16 @@ One layout for both:
     <dir>/checkpoints/<step>/<model name>/    parameters and variables of one model
     <dir>/checkpoints/<step>/training/        step, optimiser states, what else a learner carries
     <dir>/checkpoints/<step>/iterator/        the data iterator's state, as JSON
-`save_model` writes the first two only, so a trained run and an exported model load alike.
+    <dir>/checkpoints/<step>/checksums/       of all of these, as JSON
+`save_model` writes no training and iterator, so a trained run and an exported model load alike.
 
 Choices: arrays are stored flat by readable name ('params/layers/kernel'), not by Python structure,
 so a checkpoint outlives refactors of optimiser tuples and module classes. Orbax commits a step by
-renaming, hence a half-written one is never seen. Restoring takes shapes and shardings from the
-caller's template: any mesh. A data iterator's state is global, not per host (positions in one
-global order), so that it is valid for any number of hosts. `nnx.RngState` is saved for exact
-continuation but not read back into a loaded model.
+renaming, hence a half-written one is never seen; what changes on the disk later is found by the
+checksums (checksums.py). Restoring takes shapes and shardings from the caller's template: any mesh.
+A data iterator's state is global, not per host (positions in one global order), so that it is valid
+for any number of hosts. `nnx.RngState` is saved for exact continuation but not read back into a
+loaded model.
 """
 
 import contextlib
@@ -32,9 +34,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from t5x_audio.errors import UserError
-from t5x_audio.training import iterator_states, partwise_arrays
+from t5x_audio.training import checksums, iterator_states, partwise_arrays
 
 _CONFIG_FILE = "model.json"
 _STEPS = "checkpoints"
@@ -178,11 +181,7 @@ def _restore_named(item: Path, tree, skip_rng: bool = False, part: str = "", fre
 
     For `part` and `fresh` see `restore_states`.
     """
-    names = [name and _place(name, part, fresh) for name in _names(tree, skip_rng)]
-    leaves = jax.tree.leaves(tree)
-    wanted = {n: _template(x) for n, x in zip(names, leaves, strict=True) if n}
-    sizes = {n: tuple(x.shape) for n, x in _stored_arrays(item).items()}
-    _check_sizes(item, sizes, wanted, _place("params/", part))
+    names, wanted = _wanted(item, tree, skip_rng, part, fresh)
     arguments = ocp.args.PyTreeRestore(
         item=wanted,
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -192,8 +191,10 @@ def _restore_named(item: Path, tree, skip_rng: bool = False, part: str = "", fre
         arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(item, args=arguments)
     except Exception as error:
         raise DamagedCheckpoint(f"{item}: damaged ({_first_line(error)})") from error
+    if what := checksums.difference(item, checksums.of_items({item.name: arrays})[item.name]):
+        raise DamagedCheckpoint(f"{item}: damaged ({what})")
     restored = []
-    for name, leaf in zip(names, leaves, strict=True):
+    for name, leaf in zip(names, jax.tree.leaves(tree), strict=True):
         if name is None:
             restored.append(_rng_stand_in(leaf))
         elif not name:
@@ -203,6 +204,17 @@ def _restore_named(item: Path, tree, skip_rng: bool = False, part: str = "", fre
         else:
             restored.append(arrays[name])
     return jax.tree.unflatten(jax.tree.structure(tree), restored)
+
+
+def _wanted(item: Path, tree, skip_rng: bool, part: str, fresh):
+    """-> (the stored name of each leaf of `tree`: '' for one that keeps its value, None for random
+    state that is not read; {name: template}). UserError if they aren't stored in that size.
+    """
+    names = [name and _place(name, part, fresh) for name in _names(tree, skip_rng)]
+    wanted = {n: _template(x) for n, x in zip(names, jax.tree.leaves(tree), strict=True) if n}
+    sizes = {n: tuple(x.shape) for n, x in _stored_arrays(item).items()}
+    _check_sizes(item, sizes, wanted, _place("params/", part))
+    return names, wanted
 
 
 def _place(name: str, part: str, fresh: Sequence[str] = ()) -> str:
@@ -217,7 +229,10 @@ def _stored_arrays(item: Path) -> dict[str, Any]:
     """{name: metadata with shape and dtype} of an item."""
     try:
         reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        return reader.metadata(item).item_metadata.tree
+        found = reader.metadata(item).item_metadata
+        if found is None:
+            raise ValueError("its index is damaged or missing")
+        return found.tree
     except Exception as error:  # Orbax and TensorStore have no common error class.
         raise DamagedCheckpoint(f"{item}: unreadable ({_first_line(error)})") from error
 
@@ -244,6 +259,8 @@ def _check_sizes(
 
 
 def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # Orbax's message is TensorStore's whole specification.
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return (lines[0][:200] if lines else "") or type(error).__name__
 
@@ -283,7 +300,9 @@ def save_states(
     directory: str | os.PathLike, configs: dict[str, Any], states: dict[str, tuple[Any, Any]]
 ) -> None:
     """`save_model` for (params, variables) states."""
-    items = {name: _model_item(*pair) for name, pair in states.items()}
+    arrays = {name: _model_arrays(*pair) for name, pair in states.items()}
+    items = {name: ocp.args.PyTreeSave(item) for name, item in arrays.items()}
+    items[checksums.FOLDER] = ocp.args.JsonSave(checksums.of_items(arrays))
     _save_items(directory, configs, items, ocp.CompositeCheckpointHandler())
 
 
@@ -334,8 +353,8 @@ def _save_items(directory, configs: dict[str, Any], items: dict[str, Any], handl
         shutil.rmtree(directory / _STEPS / str(old), ignore_errors=True)
 
 
-def _model_item(params, variables):
-    return ocp.args.PyTreeSave(named_arrays({"params": params, "variables": variables}))
+def _model_arrays(params, variables) -> dict[str, jax.Array]:
+    return named_arrays({"params": params, "variables": variables})
 
 
 def restore_states(
@@ -360,6 +379,19 @@ def restore_states(
     tree = {"params": params, "variables": variables}
     restored = _restore_named(_latest_item(directory, name), tree, True, part, fresh)
     return restored["params"], restored["variables"]
+
+
+def require_same_sizes(
+    directory: str | os.PathLike,
+    name: str,
+    params,
+    variables,
+    part: str = "",
+    fresh: Sequence[str] = (),
+) -> None:
+    """The error that `restore_states` would raise for sizes, without reading the arrays."""
+    tree = {"params": params, "variables": variables}
+    _wanted(_latest_item(directory, name), tree, True, part, fresh)
 
 
 def array_types(directory: str | os.PathLike, name: str = "model") -> dict[str, np.dtype]:
@@ -438,11 +470,13 @@ class RunCheckpoints:
         step = int(state.step)
         if step == self._manager.latest_step():
             return
-        items = {n: _model_item(state.params[n], state.variables[n]) for n in self._model_names}
-        items[_TRAINING] = ocp.args.PyTreeSave(named_arrays(self._training_part(state)))
-        items[_ITERATOR] = ocp.args.JsonSave(
-            {"state": iterator_states.of_all_hosts(iterator_state)}
-        )
+        arrays = {n: _model_arrays(state.params[n], state.variables[n]) for n in self._model_names}
+        arrays[_TRAINING] = named_arrays(self._training_part(state))
+        items = {name: ocp.args.PyTreeSave(item) for name, item in arrays.items()}
+        position = iterator_states.of_all_hosts(iterator_state)
+        items[_ITERATOR] = ocp.args.JsonSave({"state": position})
+        sums = checksums.of_items(arrays) | {_ITERATOR: checksums.of_json(position)}
+        items[checksums.FOLDER] = ocp.args.JsonSave(sums)
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, template):
@@ -451,17 +485,25 @@ class RunCheckpoints:
         Args:
           template: TrainState of arrays or ShapeDtypeStructs with shardings: any mesh.
 
-        A damaged checkpoint is set aside as <step>.damaged and the one before is used.
+        A damaged checkpoint is set aside as <step>.damaged and the one before is used; UserError
+        if there is none before.
         """
         while (step := self._manager.latest_step()) is not None:
             try:
                 return self._restore_step(step, template)
             except DamagedCheckpoint as error:
                 logging.warning("%s; going back to the checkpoint before", error)
-                damaged = self.directory / _STEPS / str(step)
                 if jax.process_index() == 0:
-                    os.replace(damaged, self.directory / f"{step}.damaged")
+                    aside = self.directory / f"{step}.damaged"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(self.directory / _STEPS / str(step), aside)
+                multihost_utils.sync_global_devices("set aside")
                 self._manager.reload()
+        for aside in self.directory.glob("*.damaged"):
+            raise UserError(
+                f"{aside}: damaged, and no checkpoint is left; put a good one into "
+                f"{self.directory / _STEPS} or delete this one to begin anew"
+            )
         return None
 
     def _restore_step(self, step: int, template):
@@ -476,6 +518,8 @@ class RunCheckpoints:
             iterator = json.loads((folder / _ITERATOR / "metadata").read_text())["state"]
         except (OSError, ValueError, KeyError) as error:
             raise DamagedCheckpoint(f"{folder / _ITERATOR}: {_first_line(error)}") from error
+        if what := checksums.difference(folder / _ITERATOR, checksums.of_json(iterator)):
+            raise DamagedCheckpoint(f"{folder / _ITERATOR}: damaged ({what})")
         state = template.replace(
             step=rest["step"],
             params=params,

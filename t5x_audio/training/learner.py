@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from t5x_audio.errors import UserError
 from t5x_audio.training import checkpoints
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -79,6 +80,14 @@ class Learner(abc.ABC):
     @abc.abstractmethod
     def evaluate(self, state: TrainState, batch, rng: jax.Array) -> Metrics:
         """The metrics of one batch without learning from it."""
+
+    def check_data(self, dataset) -> None:
+        """UserError if the models cannot learn from this dataset; asked before all compilation."""
+        del dataset
+
+    def check_start(self, template: TrainState) -> None:
+        """UserError if `warm_start` cannot fill a state of these shapes; reads no weights."""
+        del template
 
     def warm_start(self, state: TrainState) -> TrainState:
         """`state` with the weights that training starts from. Reads the disk; not jittable."""
@@ -150,18 +159,34 @@ class GradientLearner(Learner):
             opt_state={"model": self.optimizer.make(params).init(params)},
         )
 
+    def check_data(self, dataset) -> None:
+        """Holds `dataset.vocabulary_sizes`, if there are, against the model and the objective."""
+        sizes = getattr(dataset, "vocabulary_sizes", None)
+        if sizes is None:
+            return
+        rows = getattr(self.model, "vocab_size", sizes["size"])
+        if rows != sizes["size"]:
+            raise UserError(
+                f"{type(self.model).__name__}.vocab_size={rows}, but the data were cached with a "
+                f"vocabulary of {sizes['size']}: give that size or run t5x_audio.cache_tasks with "
+                "the model's vocabulary"
+            )
+        if hasattr(self.objective, "check_vocabulary"):
+            self.objective.check_vocabulary(sizes)
+
+    def check_start(self, template: TrainState) -> None:
+        """UserError if `init_from` is absent or of another size."""
+        if self.init_from is not None:
+            checkpoints.require_same_sizes(
+                self._start, "model", *_model_of(template), self.init_part, self.init_fresh
+            )
+
     def warm_start(self, state: TrainState) -> TrainState:
         """`state` with the weights of `init_from`. UserError if absent or of another size."""
         if self.init_from is None:
             return state
-        directory = os.path.join(self.run_dir or "", self.init_from)
         params, variables = checkpoints.restore_states(
-            directory,
-            "model",
-            state.params["model"],
-            state.variables["model"],
-            self.init_part,
-            self.init_fresh,
+            self._start, "model", *_model_of(state), self.init_part, self.init_fresh
         )
         return state.replace(
             params=state.params | {"model": params},
@@ -172,6 +197,10 @@ class GradientLearner(Learner):
         """The model of a state, for use between two steps: the next one takes its arrays."""
         params, variables = state.params["model"], state.variables["model"]
         return merge_model(self.graphdef, params, variables, train=False)
+
+    @property
+    def _start(self) -> str:
+        return os.path.join(self.run_dir or "", self.init_from)
 
     def derived(self, values: dict[str, float]) -> dict[str, float]:
         """What the objective derives, if it does."""
@@ -241,6 +270,10 @@ class PreferenceLearner(GradientLearner):
         frozen = jax.lax.stop_gradient(state.variables["reference"])
         reference = merge_model(self.graphdef, frozen["params"], frozen["variables"], train=False)
         return self.objective(model, reference, batch, rng, train)
+
+
+def _model_of(state: TrainState) -> tuple[Any, Any]:
+    return state.params["model"], state.variables["model"]
 
 
 def merge_model(graphdef, params, variables, train: bool) -> nnx.Module:

@@ -217,6 +217,13 @@ def data_ended(directory, step: int, steps: int) -> UserError:
     )
 
 
+def data_failed(error: UserError, saved) -> UserError:
+    """The error of a run whose data could not be read any further."""
+    good = saved.latest_step()
+    kept = f"saved at step {good}, start again then" if good else "nothing is lost"
+    return UserError(f"{error}; {kept}")
+
+
 def results(directory: str | os.PathLike, step: int) -> dict:
     """The closing line: directory, step and the last metrics of each split."""
     last: dict = {"model_dir": str(directory), "step": step}

@@ -269,12 +269,19 @@ def test_too_long_examples_are_announced(run_dir, caplog):
 
 
 def test_bad_input(run_dir, tmp_path):
-    with pytest.raises(UserError, match="'asr'.*cache_tasks"):
+    with pytest.raises(UserError, match="'asr' .*has aqaa_preference, long, short: .*cache_tasks"):
         make(run_dir, {"asr": 1})
     with pytest.raises(UserError, match="sum to zero"):
         make(run_dir, {"long": 0})
     with pytest.raises(UserError, match="'long' is -1"):
         make(run_dir, {"long": -1})
+    for share in (float("nan"), float("inf"), "one"):
+        with pytest.raises(UserError, match=f"'long' is {share}, not a number"):
+            make(run_dir, {"long": share})
+    with pytest.raises(UserError, match=r"mixture 'long': give \{task: share\}"):
+        make(run_dir, "long")
+    with pytest.raises(UserError, match="readers=1: a host wants 2 rows of batch_size=4.*as many"):
+        make(run_dir).iterator([0, 1])
     with pytest.raises(UserError, match="readers=3 does not divide batch_size=4"):
         make(run_dir, readers=3)
     with pytest.raises(UserError, match="changes: 0 is no batch"):

@@ -94,5 +94,18 @@ def test_missing_things_are_named(tmp_path):
     with records.RecordWriter(tmp_path, "train", 2) as writer:
         writer.write({"id": 1})
     os.remove(records.shard_path(tmp_path, "train", 1, 2))
-    with pytest.raises(UserError, match="incomplete"):
+    with pytest.raises(UserError, match="train-00001-of-00002.array_record: missing; the shards"):
+        records.open_records(tmp_path, "train")
+    os.rename(
+        records.shard_path(tmp_path, "train", 0, 2), tmp_path / "train-00003-of-00008.array_record"
+    )
+    with pytest.raises(UserError, match="train-00000-of-00008.array_record: missing and 6 more"):
+        records.open_records(tmp_path, "train")
+    with records.RecordWriter(tmp_path / "other", "train") as writer:
+        writer.write({"id": 1})
+    os.rename(
+        records.shard_path(tmp_path / "other", "train", 0, 1),
+        records.shard_path(tmp_path, "train", 0, 1),
+    )
+    with pytest.raises(UserError, match="'train' are mixed, of 1 and of 8; delete"):
         records.open_records(tmp_path, "train")

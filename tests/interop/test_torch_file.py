@@ -137,3 +137,35 @@ def test_other_files_are_refused(tmp_path):
         archive.writestr("readme.txt", "x")
     with pytest.raises(UserError, match=r"without data\.pkl"):
         torch_file.read_torch_file(tmp_path / "zip.pt")
+
+
+def test_what_is_written_is_read(tmp_path):
+    """Every type and shape; tests/parity/test_linguistic.py has torch.load read such a file."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "matrix": rng.normal(size=(3, 4)).astype(np.float32).T,
+        "a.b.scalar": np.float64(3.5).reshape(()),
+        "empty": np.zeros((0, 2), np.float16),
+        "long": np.arange(300),
+        "bfloat16": np.arange(5).astype(ml_dtypes.bfloat16),
+        "bool": np.array([True, False]),
+    }
+    path = tmp_path / "model.pt"
+    torch_file.write_torch_file(path, arrays)
+    read = torch_file.read_torch_file(path)
+    assert list(read) == list(arrays)
+    for name, array in arrays.items():
+        assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape), name
+        np.testing.assert_array_equal(read[name], array, err_msg=name)
+    first = path.read_bytes()
+    torch_file.write_torch_file(path, arrays)
+    assert path.read_bytes() == first
+    assert os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_a_zip_without_its_end_is_not_whole(tmp_path):
+    path = tmp_path / "model.pt"
+    torch_file.write_torch_file(path, {"x": np.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(UserError, match="not a whole PyTorch file"):
+        torch_file.read_torch_file(path)

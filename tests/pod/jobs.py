@@ -21,18 +21,19 @@ GIN = pathlib.Path(__file__).parent / "pod.gin"
 DEVICES = 8
 
 
-def write_caches(run_dir: pathlib.Path) -> None:
+def write_caches(run_dir: pathlib.Path, num_shards: int = 1) -> None:
     """Two tasks of 200 examples: runs of numbers, and runs in steps of two."""
     rng = np.random.default_rng(0)
     for task, step in (("counting", 1), ("stepping", 2)):
         directory = run_dir / "tasks" / task
         lengths = rng.integers(5, 30, 200)
-        with RecordWriter(directory, "train") as writer:
+        with RecordWriter(directory, "train", num_shards) as writer:
             for length in lengths:
                 tokens = (rng.integers(64) + step * np.arange(length)) % 64
                 weights = np.ones(length, np.float32)
                 writer.write({"tokens": tokens.astype(np.int32), "weights": weights})
-        np.save(lm_reader.lengths_path(str(directory), "train"), lengths.astype(np.int32))
+        stored = np.concatenate([lengths[shard::num_shards] for shard in range(num_shards)])
+        np.save(lm_reader.lengths_path(str(directory), "train"), stored.astype(np.int32))
         stats = {"vocabulary": {"size": 64}, "pad": 0}
         (directory / lm_reader.STATS_FILE).write_text(json.dumps(stats))
 
@@ -62,6 +63,10 @@ class Job:
                     command, cwd=ROOT, env=environment, stdout=self.log, stderr=self.log
                 )
             )
+
+    def running(self) -> bool:
+        """Whether none of the processes has ended."""
+        return all(process.poll() is None for process in self.processes)
 
     def wait(self, timeout: float = 300) -> list[int]:
         """Exit codes of all processes; they are killed when one takes longer or fails."""

@@ -154,3 +154,22 @@ def test_bad_input(small_vocabulary):
         layouts.continuation([99])
     with pytest.raises(UserError, match="not text"):
         layouts.encode_aqaa_answer([small_vocabulary.eot], [])
+
+
+@fast
+@given(st.lists(st.one_of(texts, st.integers(1, 6)), max_size=6))
+def test_documents_with_images(small_vocabulary, spans):
+    v = small_vocabulary
+    tokens, weights = Layouts(v).image_text(spans)
+    expected, learned = [v.bos], [0]
+    for span in spans:
+        if isinstance(span, str):
+            ids = v.encode_text(span).tolist()
+            expected, learned = expected + ids, learned + [1] * len(ids)
+        else:
+            expected += [v.image_start, *[v.image] * span, v.image_end]
+            learned += [0] * (span + 2)
+    assert tokens.tolist() == [*expected, v.eos]
+    assert weights.tolist() == [*learned, 1] and weights.dtype == np.float32
+    ids = {v.image_start, v.image, v.image_end}
+    assert len(ids) == 3 and max(ids) < v.size

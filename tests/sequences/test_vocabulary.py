@@ -140,3 +140,19 @@ def test_bad_input(tmp_path):
         V.train_sentencepiece(TEXTS, str(tmp_path / "x"), 20)
     with pytest.raises(UserError, match="num_specials"):
         V.Vocabulary(num_specials=2)
+
+
+def test_ids_of_images_move_no_others(vocabulary):
+    v, published = vocabulary, V.Vocabulary()
+    before = [v.audio_start, v.audio_end, v.text_end, v.pad]
+    assert before == [208, 209, 210, 211] and published.pad == 70659
+    assert [v.image_start, v.image_end, v.image] == [212, 213, 214]
+    ids = [v.image_start, v.image, v.image, v.image_end]
+    assert v.surface(ids) == "<image_start><image><image><image_end>"
+    assert v.parse_audio(v.surface(ids)).tolist() == ids
+    without = V.Vocabulary(160, 16, 32, 4, 64)
+    assert (without.pad, without.size) == (211, 256)
+    with pytest.raises(UserError, match="num_specials=4, and images need 7"):
+        _ = without.image
+    with pytest.raises(UserError, match="not an audio token: '<image>'"):
+        without.parse_audio("<audio_1><image>")

@@ -107,7 +107,9 @@ def test_cached_tasks_feed_the_reader(cached, run_dir):
 
 
 def test_bad_input(cached, run_dir, tmp_path):
-    with pytest.raises(UserError, match="aqqa"):
+    with pytest.raises(UserError, match="'text' is -1, not a number >= 0"):
+        cache_tasks.run(**cached[0] | {"mixtures": {"m": {"aqaa": 1, "text": -1}}})
+    with pytest.raises(UserError, match="no task is called 'aqqa': choose from continuation, "):
         cache_tasks.run(**cached[0] | {"extra_tasks": ["aqqa"]})
     with pytest.raises(UserError, match="train_vocabulary"):
         cache_tasks.run(model_dir=str(tmp_path), run_dir=str(tmp_path), mixtures=MIXTURES)

@@ -9,6 +9,7 @@ import seqio
 import tasks
 from t5x_audio.errors import UserError
 from t5x_audio.sequences.layouts import Layouts
+from t5x_audio.sequences.vocabulary import LINGUISTIC, SEMANTIC
 from tasks import aqaa, asr, corpus, interleaved, mixtures
 
 ANSWERS = {"q0": "one plus one is two", "q4": "two plus two is four"}
@@ -40,6 +41,8 @@ def test_all_tasks_are_registered(registered):
     ("name", "train", "validation", "test"),
     [
         ("continuation", 4 * 4 + 5, 2 * 3, 2 * 2),
+        ("linguistic_alone", 4 * 4 + 5, 2 * 3, 2 * 2),
+        ("semantic_alone", 4 * 4 + 5, 2 * 3, 2 * 2),
         ("asr", 4 * 4 + 5, 2 * 3, 2 * 2),
         ("tts", 4 * 4 + 5 - 3, 2 * 3 - 1, 2 * 2 - 1),
         ("text", 4, 2, 2),
@@ -81,6 +84,16 @@ def test_held_out_questions_are_in_no_training_example(clips):
     for name in ("aqaa", "aqta", "tqaa", "aqaa_preference"):
         assert not held_out & {e["question_id"].decode() for e in examples(name)}
     assert {e["id"].decode() for e in examples("text")} == {"q0", "q1", "q2", "q3"}
+
+
+def test_each_stream_alone_is_its_part_of_the_continuation(vocabulary):
+    stories = [examples(n) for n in ("continuation", "linguistic_alone", "semantic_alone")]
+    for whole, first, second in zip(*stories, strict=True):
+        assert whole["id"] == first["id"] == second["id"]
+        linguistic = vocabulary.modality(whole["tokens"]) == LINGUISTIC
+        semantic = vocabulary.modality(whole["tokens"]) == SEMANTIC
+        np.testing.assert_array_equal(whole["tokens"][~semantic], first["tokens"])
+        np.testing.assert_array_equal(whole["tokens"][~linguistic], second["tokens"])
 
 
 def test_tts_gives_the_voice_in_context(vocabulary, clips):

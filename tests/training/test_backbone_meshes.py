@@ -57,6 +57,14 @@ def language_modeling(model, batch):
     return LanguageModeling(z_loss=1e-2)(model, batch, jax.random.key(0), train=True)
 
 
+def with_images(model, batch):
+    """Some tokens are embeddings, which lie with their rows."""
+    rng = np.random.default_rng(1)
+    soft = {"soft_embeddings": rng.standard_normal((8, 6, 3)).astype(np.float16)}
+    soft["soft_index"] = rng.integers(-6, 6, (8, 24)).clip(-1).astype(np.int32)
+    return language_modeling(model, batch | jax.tree.map(jnp.asarray, soft))
+
+
 def preference(model, batch):
     """Of every row over the row behind it, by a model over itself with half of its weights."""
     graphdef, state = nnx.split(model)
@@ -68,7 +76,8 @@ def preference(model, batch):
 
 def loss_and_gradients(objective, shape, rules, devices=None):
     mesh = shape.make(devices)
-    graphdef, params = nnx.split(CONFIG.make(nnx.Rngs(0)))
+    config = dataclasses.replace(CONFIG, soft_width=3 if objective is with_images else 0)
+    graphdef, params = nnx.split(config.make(nnx.Rngs(0)))
 
     def loss(params, batch):
         return objective(nnx.merge(graphdef, params), batch)
@@ -100,10 +109,14 @@ def language_modeling_on_8_devices():
     check_meshes(language_modeling)
 
 
+def with_images_on_8_devices():
+    check_meshes(with_images)
+
+
 def preference_on_8_devices():
     check_meshes(preference)
 
 
-@pytest.mark.parametrize("objective", ["language_modeling", "preference"])
+@pytest.mark.parametrize("objective", ["language_modeling", "with_images", "preference"])
 def test_every_mesh_agrees_with_one_device(on_devices, objective):
     on_devices(8, f"{objective}_on_8_devices")

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,42 @@ def test_half_written_is_ignored_and_damaged_falls_back(tmp_path):
     assert run.latest_step() == 2
     restored, _ = run.restore(later)
     same(restored, state)
+    run.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore's
+def test_a_flipped_bit_is_found_wherever_it_matters(tmp_path):
+    weights = {
+        "a": jax.random.normal(jax.random.key(0), (32, 64)),
+        "b": jnp.ones(700, jnp.bfloat16),
+    }
+    weights |= {"c": jnp.arange(900), "d": jnp.arange(600) % 2 == 0, "e": jnp.ones(500, jnp.int8)}
+    checkpoints.save_states(tmp_path, {"model": ToyConfig()}, {"model": (weights, {})})
+    files = [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
+    random, found = np.random.default_rng(0), []
+    for path in files:
+        data = path.read_bytes()
+        for at in random.integers(0, len(data), 8):
+            changed = bytearray(data)
+            changed[at] ^= 1 << random.integers(8)
+            path.write_bytes(changed)
+            try:
+                same(checkpoints.restore_states(tmp_path, "model", weights, {})[0], weights)
+            except UserError as error:
+                found.append(str(error))
+        path.write_bytes(data)
+    assert any("is not what was saved" in line for line in found)
+    assert all("\n" not in line and str(tmp_path) in line for line in found)
+    same(checkpoints.restore_states(tmp_path, "model", weights, {})[0], weights)
+
+
+def test_a_checkpoint_without_checksums_is_read(tmp_path):
+    toy, state = make_state()
+    run = checkpoints.RunCheckpoints(tmp_path, toy.model_configs)
+    run.save(state)
+    run.wait()
+    shutil.rmtree(tmp_path / "checkpoints" / "1" / "checksums")
+    same(run.restore(state)[0], state)
     run.close()
 
 

@@ -1,0 +1,117 @@
+"""Models out of tensors of other frameworks, and back: names, shapes, and the stacks of layers.
+
+For models that fit into memory; the backbones' tensors pass one at a time (`hugging_face`).
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from t5x_audio.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor there and its place here.
+
+    Attributes:
+      name, shape: there.
+      parameter, inner: name and shape here, without the axis of a stack.
+      layer: index in a stack; None where there is none.
+      axes: of the tensor there, in their order here; None: reversed, as of a linear layer or a
+        convolution, whose axes of length 1 disappear.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameter: str
+    inner: tuple[int, ...]
+    layer: int | None
+    axes: tuple[int, ...] | None = None
+
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        """The tensor as it is here, float32."""
+        return np.transpose(array, self.axes).reshape(self.inner).astype(np.float32)
+
+    def from_ours(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ours`."""
+        axes = self.axes or tuple(range(len(self.shape)))[::-1]
+        permuted = array.reshape([self.shape[axis] for axis in axes])
+        return np.ascontiguousarray(np.transpose(permuted, np.argsort(axes)))
+
+
+def require_tensors(place, wanted: Sequence[Tensor], shapes: Mapping[str, tuple]) -> None:
+    """UserError naming the first tensor that is missing, unknown or of another shape."""
+    missing = [t.name for t in wanted if t.name not in shapes]
+    if missing:
+        more = f" and {len(missing) - 1} more" * (len(missing) > 1)
+        raise UserError(f"{place}: lacks {missing[0]}{more}; its configuration asks for it")
+    for tensor in wanted:
+        if tuple(shapes[tensor.name]) != tensor.shape:
+            raise UserError(
+                f"{place}: {tensor.name} has shape {tuple(shapes[tensor.name])}, its "
+                f"configuration says {tensor.shape}"
+            )
+    if unknown := sorted(shapes.keys() - {t.name for t in wanted}):
+        more = f" and {len(unknown) - 1} more" * (len(unknown) > 1)
+        raise UserError(f"{place}: has {unknown[0]}{more}, which this model has not")
+
+
+def to_ours(wanted: Iterable[Tensor], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{parameter here: array}, stacks stacked."""
+    parts: dict[str, list] = {}
+    stacked = set()
+    for tensor in wanted:
+        parts.setdefault(tensor.parameter, []).append(tensor.to_ours(arrays[tensor.name]))
+        if tensor.layer is not None:
+            stacked.add(tensor.parameter)
+    return {name: np.stack(p) if name in stacked else p[0] for name, p in parts.items()}
+
+
+def from_ours(wanted: Iterable[Tensor], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{tensor there: array}; the inverse of `to_ours`."""
+    found = {}
+    for tensor in wanted:
+        array = arrays[tensor.parameter]
+        found[tensor.name] = tensor.from_ours(
+            array if tensor.layer is None else array[tensor.layer]
+        )
+    return found
+
+
+def build(config, arrays: Mapping[str, np.ndarray]) -> nnx.Module:
+    """The model of `config` with these values, by name; what has none stays as it is made new."""
+    model = config.make(nnx.Rngs(0))
+    state = nnx.state(model)
+    unset = set(arrays)
+    for path, variable in nnx.to_flat_state(state):
+        name = "/".join(str(part) for part in path)
+        if name in arrays:
+            if variable.shape != arrays[name].shape:
+                raise ValueError(f"{name} is {variable.shape}, not {arrays[name].shape}")
+            variable[...] = arrays[name]
+            unset.discard(name)
+        elif isinstance(variable, nnx.Param):
+            raise ValueError(f"no value for {name}")
+    if unset:
+        raise ValueError(f"no parameter is named {sorted(unset)[0]}")
+    nnx.update(model, state)
+    return model
+
+
+def arrays_of(model: nnx.Module) -> dict[str, np.ndarray]:
+    """{name: array} of the model's parameters and variables."""
+    return {
+        "/".join(str(part) for part in path): np.asarray(variable[...])
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+        if not isinstance(variable, nnx.RngState)
+    }
+
+
+def report(wanted: Iterable[Tensor]) -> dict[str, Any]:
+    """How many tensors and numbers these are."""
+    shapes = [tensor.shape for tensor in wanted]
+    return {"tensors": len(shapes), "parameters": sum(int(np.prod(s)) for s in shapes)}
