@@ -153,10 +153,10 @@ def _pad_ids(rows: Sequence[np.ndarray], width: int, name: str) -> dict[str, np.
 
 
 class AudioBatches(_Batches):
-    """Speech with its text, for training a tokenizer.
+    """Speech, with its text if that is wanted, for training a tokenizer.
 
-    A batch: audio float32 [B, T], audio_lengths int32 [B] (samples), text_ids int32 [B, U]
-    (ids of the text's units, 0 behind the end), text_lengths int32 [B].
+    A batch: audio float32 [B, T], audio_lengths int32 [B] (samples), and with units text_ids int32
+    [B, U] (ids of the text's units, 0 behind the end), text_lengths int32 [B].
     """
 
     def __init__(
@@ -168,14 +168,14 @@ class AudioBatches(_Batches):
         batch_seconds: float = 120.0,
         rows_multiple_of: int = 1,
         speeds: Sequence[float] = (1.0,),
-        units: str = "pieces",
+        units: str | None = "pieces",
         seed: int = 0,
         max_eval_batches: int | None = None,
     ):
         """Opens the corpora and the vocabulary of a run.
 
         Args:
-          run_dir: holds corpus/ and vocabulary/.
+          run_dir: holds corpus/, and vocabulary/ for pieces.
           corpora: names under corpus/; None = all.
           roles: of the clips; None = all.
           bucket_seconds: padded lengths; longer clips are left out, counted and announced.
@@ -184,6 +184,7 @@ class AudioBatches(_Batches):
           speeds: each clip is played at one of these, drawn anew every epoch; 1 = as it is.
           units: of the text: 'pieces' (SentencePiece ids) or 'bytes' (of UTF-8, plus 1: 1 to
             256). Bytes are sounds rather than words, and need frames enough: some 15 a second.
+            None = no text: the recordings need none.
           seed: of the order and the speeds.
           max_eval_batches: at most so many; None = all.
 
@@ -201,8 +202,9 @@ class AudioBatches(_Batches):
 
     def _open(self, split: str, slowest: float):
         index = ClipIndex(self._directories, split, self._roles)
-        for text in set(index.texts) - self._text_ids.keys():
-            self._text_ids[text] = self._encode_text(text)
+        if self._encode_text is not None:
+            for text in set(index.texts) - self._text_ids.keys():
+                self._text_ids[text] = self._encode_text(text)
         return _plan(np.ceil(index.lengths / slowest), *self._shape, split), index
 
     def _evaluation(self):
@@ -213,6 +215,8 @@ class AudioBatches(_Batches):
 
     def _text_widths(self) -> dict[int, int]:
         """Bucket length -> U: the longest text of training in it, with a quarter to spare."""
+        if self._encode_text is None:
+            return {}
         plan, index = self._train
         widths = {}
         for bucket in plan.buckets:
@@ -226,19 +230,24 @@ class AudioBatches(_Batches):
             speeds = rng.choice(self._speeds, len(waveforms))
             pairs = zip(waveforms, speeds, strict=True)
             waveforms = [transforms.change_speed(waveform, s) for waveform, s in pairs]
+        audio = pad_audio(waveforms, bucket.samples)
+        if self._encode_text is None:
+            return audio
         texts = [self._text_ids[index.texts[i]] for i in chosen]
         widest = max(len(ids) for ids in texts)
         width = max(self._widths.get(bucket.samples, 0), -(-widest // 8) * 8)
-        return pad_audio(waveforms, bucket.samples) | _pad_ids(texts, width, "text")
+        return audio | _pad_ids(texts, width, "text")
 
 
-def _text_encoder(units: str, run_dir: str) -> Callable[[str], np.ndarray]:
-    """Text -> ids int32 [U]; 0, the blank of CTC, is none of them."""
+def _text_encoder(units: str | None, run_dir: str) -> Callable[[str], np.ndarray] | None:
+    """Text -> ids int32 [U]; 0, the blank of CTC, is none of them. None without units."""
+    if units is None:
+        return None
     if units == "pieces":
         return Vocabulary.load(os.path.join(run_dir, "vocabulary")).encode_text
     if units == "bytes":
         return lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 1
-    raise UserError(f"AudioBatches.units={units!r}: there are 'pieces' and 'bytes'")
+    raise UserError(f"AudioBatches.units={units!r}: there are 'pieces', 'bytes' and None")
 
 
 class FlowBatches(_Batches):

@@ -4,13 +4,11 @@ The linguistic encoder is an ordinary CTC recogniser; the semantic tokenizer has
 the middle, so its loss adds the commitment of the features to their codes. Text units are what the
 batches hold, SentencePiece ids or bytes (nearer to the sounds that a code can hold, for when there
 is little speech to learn from); the blank is 0 (<unk>, which CTC never has to emit). Source: Graves
-et al., "Connectionist Temporal Classification" (ICML 2006); loss by optax; SpecAugment by Park et
-al. (arXiv 1904.08779).
+et al., "Connectionist Temporal Classification" (ICML 2006); loss by optax.
 
-Choices: features are computed inside the compiled step, so that datasets carry waveforms only. The
-loss is per text unit. An example with more units (and forced blanks between equal neighbours) than
-frames has no alignment: it is left out and counted. The token error rate is a true edit distance,
-computed in the compiled evaluation.
+Choices: the loss is per text unit. An example with more units (and forced blanks between equal
+neighbours) than frames has no alignment: it is left out and counted. The token error rate is a true
+edit distance, computed in the compiled evaluation.
 """
 
 import dataclasses
@@ -19,25 +17,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t5x_audio.audio import augment
-from t5x_audio.tokenizers.linguistic import FBANK
+from t5x_audio.objectives.augmentation import Noise, SpecAugment, encoder_features
 
 BLANK = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class SpecAugment:
-    """Settings of `audio.augment.spec_augment`, on frames of 10 ms; 0 masks of a kind = none."""
-
-    num_time_masks: int = 2
-    max_time_frames: int = 40
-    max_time_fraction: float = 0.2
-    num_frequency_masks: int = 2
-    max_frequency_bins: int = 27
-
-    def __call__(self, rng: jax.Array, features: jax.Array, lengths: jax.Array) -> jax.Array:
-        """Masks features [B, N, D] of which `lengths` [B] frames count."""
-        return augment.spec_augment(rng, features, lengths, **dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +27,11 @@ class LinguisticCtc:
     """CTC on the linguistic encoder; see `__call__`.
 
     Attributes:
-      spec_augment: masks for training; None = off.
+      spec_augment, noise: augmentation for training; None = off.
     """
 
     spec_augment: SpecAugment | None = None
+    noise: Noise | None = None
 
     def __call__(self, model, batch, rng: jax.Array, train: bool):
         """Loss and metrics of an audio batch.
@@ -56,21 +39,16 @@ class LinguisticCtc:
         Args:
           model: a `LinguisticTokenizer`.
           batch: audio f32 [B, T], audio_lengths int32 [B], text_ids int32 [B, U], text_lengths [B].
-          rng: for SpecAugment.
+          rng: of the augmentation.
           train: gather feature statistics and augment; otherwise add the token error rate.
 
         Returns:
           (mean loss per text unit, metrics).
         """
-        features, lengths = model.features(energy_normalize(batch["audio"]), batch["audio_lengths"])
-        features = model.normalize(features, lengths, train)
-        if train and self.spec_augment is not None:
-            # Unstacked, so that a band means the same mel channels in every frame of a stack.
-            batch_size, stacks, width = features.shape
-            frames = features.reshape(batch_size, -1, FBANK.num_mels)
-            frames = self.spec_augment(rng, frames, lengths * (frames.shape[1] // stacks))
-            features = frames.reshape(batch_size, stacks, width)
-        hidden = model.encoder(features, lengths)
+        features, lengths = encoder_features(
+            model, batch, rng, train, self.noise, self.spec_augment
+        )
+        hidden, lengths = model.hidden(features, lengths)
         return ctc(model.logits(hidden, lengths), lengths, batch, with_errors=not train)
 
 
@@ -79,19 +57,20 @@ class SemanticCtc:
     """CTC through the quantiser of the semantic tokenizer; see `__call__`.
 
     Attributes:
-      spec_augment: masks for training; None = off.
+      spec_augment, noise: augmentation for training; None = off.
       commitment_weight: of the commitment loss, once quantisation has set in.
     """
 
     spec_augment: SpecAugment | None = None
+    noise: Noise | None = None
     commitment_weight: float = 0.25
 
     def __call__(self, model, batch, rng: jax.Array, train: bool):
         """As `LinguisticCtc`, for a `SemanticTokenizer`; with metrics of the codebook."""
-        mask_rng, revival_rng = jax.random.split(rng)
-        features, lengths = model.features(energy_normalize(batch["audio"]), batch["audio_lengths"])
-        if train and self.spec_augment is not None:
-            features = self.spec_augment(mask_rng, features, lengths)
+        augment_rng, revival_rng = jax.random.split(rng)
+        features, lengths = encoder_features(
+            model, batch, augment_rng, train, self.noise, self.spec_augment
+        )
         hidden, lengths = model.hidden(features, lengths)
         valid = jnp.arange(hidden.shape[1]) < lengths[:, None]
         # No pull towards codes that the network does not use yet.
@@ -101,12 +80,6 @@ class SemanticCtc:
         metrics |= codebook_metrics(codes, valid, model.config.codebook_size)
         metrics["commitment"] = (commitment, jnp.float32(1))
         return loss + weight * commitment, metrics
-
-
-def energy_normalize(audio: jax.Array) -> jax.Array:
-    """Scales each row of [B, T] to a peak of 0.999, but by no more than 100: as Step-Audio does."""
-    peak = jnp.max(jnp.abs(audio), axis=-1, keepdims=True)
-    return audio * (0.999 / jnp.maximum(peak, 0.01))
 
 
 def ctc(logits: jax.Array, lengths: jax.Array, batch, with_errors: bool):

@@ -57,6 +57,8 @@ class LinguisticTokenizer(nnx.Module):
     """See the module docstring. All methods are pure but for `normalize(train=True)`."""
 
     frame_rate = 100 / FRAME_STRIDE
+    num_mels = FBANK.num_mels
+    frames_per_code = 1  # of `features`
 
     def __init__(self, config: LinguisticTokenizerConfig, rngs: nnx.Rngs):
         """Builds an untrained tokenizer with an empty (all zero) codebook."""
@@ -77,7 +79,13 @@ class LinguisticTokenizer(nnx.Module):
             init = nnx.with_metadata(
                 nnx.initializers.lecun_normal(), logical_axes=("embed", "vocab")
             )
-            self.head = nnx.Linear(encoder.width, config.text_size, kernel_init=init, rngs=rngs)
+            self.head = nnx.Linear(
+                encoder.width,
+                config.text_size,
+                kernel_init=init,
+                dtype=jnp.dtype(encoder.dtype),
+                rngs=rngs,
+            )
 
     @property
     def piece_samples(self) -> int | None:
@@ -125,6 +133,10 @@ class LinguisticTokenizer(nnx.Module):
         self.variance[...] = moment / total
         self.count[...] = jnp.minimum(total, MAX_COUNT)
 
+    def hidden(self, features: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Normalised features [B, N, 560] -> encoder outputs [B, N, width], counts."""
+        return self.encoder(features, lengths), lengths
+
     def logits(self, hidden: jax.Array, lengths: jax.Array) -> jax.Array:
         """CTC logits float32 [B, N, text_size] of encoder outputs [B, N, width]."""
         if self.config.num_supervision_layers:
@@ -134,7 +146,7 @@ class LinguisticTokenizer(nnx.Module):
     def encode_frames(self, audio, lengths) -> tuple[jax.Array, jax.Array]:
         """Audio [B, T], sample counts [B] -> encoder outputs [B, N, width], frame counts [B]."""
         features, counts = self.features(audio, lengths)
-        return self.encoder(self.normalize(features, counts), counts), counts
+        return self.hidden(self.normalize(features, counts), counts)
 
     def encode(self, audio, lengths) -> tuple[jax.Array, jax.Array]:
         """Audio [B, T], sample counts [B] -> codes int32 [B, N], code counts int32 [B]."""

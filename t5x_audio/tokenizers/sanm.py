@@ -119,7 +119,9 @@ class SanmLayer(nnx.Module):
             )
 
         self.attention_norm, self.mlp_norm = norm(input_dim), norm(width)
-        self.qkv = linear(input_dim, 3 * width, ("embed", "heads"))
+        # Stacked filter banks (560) do not divide over as many devices as a width of 512.
+        rows = "embed" if self.residual else None
+        self.qkv = linear(input_dim, 3 * width, (rows, "heads"))
         self.out = linear(width, width, ("heads", "embed"))
         self.memory = nnx.Param(
             nnx.initializers.normal(config.kernel_size**-0.5)(

@@ -67,6 +67,8 @@ class SemanticTokenizer(nnx.Module):
     """See the module docstring."""
 
     frame_rate = 25.0
+    num_mels = LOG_MEL.num_mels
+    frames_per_code = 4  # of `features`
     piece_samples = batching.PIECE_SECONDS * batching.SAMPLE_RATE
 
     def __init__(self, config: SemanticTokenizerConfig, rngs: nnx.Rngs):
@@ -97,11 +99,18 @@ class SemanticTokenizer(nnx.Module):
             self.head_norm = nnx.LayerNorm(
                 c.width, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
             )
-            self.head = nnx.Linear(c.width, c.text_size, kernel_init=init, rngs=rngs)
+            self.head = nnx.Linear(
+                c.width, c.text_size, kernel_init=init, dtype=jnp.dtype(c.dtype), rngs=rngs
+            )
 
     def features(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Audio [B, T] in [-1, 1] with sample counts [B] -> log-mel [B, N, 128], counts [B]."""
         return audio_features.whisper_log_mel(audio, lengths, LOG_MEL), LOG_MEL.num_frames(lengths)
+
+    def normalize(self, features, lengths, train: bool = False) -> jax.Array:
+        """The log-mel as it is: Whisper's scaling is fixed."""
+        del lengths, train
+        return features
 
     def hidden(self, features: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Log-mel [B, N, 128] at 100 Hz -> the quantiser's input [B, M, width] at 25 Hz, counts.
@@ -123,9 +132,13 @@ class SemanticTokenizer(nnx.Module):
             x = self.supervision(x, valid_frames(lengths, length))
         return self.head(self.head_norm(x)).astype(jnp.float32)
 
+    def encode_frames(self, audio, lengths) -> tuple[jax.Array, jax.Array]:
+        """Audio [B, T], sample counts [B] -> the quantiser's input [B, M, width], counts [B]."""
+        return self.hidden(*self.features(audio, lengths))
+
     def encode(self, audio, lengths) -> tuple[jax.Array, jax.Array]:
         """Audio [B, T], sample counts [B] -> codes int32 [B, M], code counts int32 [B]."""
-        hidden, counts = self.hidden(*self.features(audio, lengths))
+        hidden, counts = self.encode_frames(audio, lengths)
         return self.quantizer.encode(hidden), counts
 
 

@@ -25,7 +25,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +176,12 @@ def _rng_stand_in(leaf):
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 
-def _restore_named(item: Path, tree, skip_rng: bool = False):
-    """`tree` with its leaves read from the item. UserError if they aren't there in that size."""
-    names, leaves = _names(tree, skip_rng), jax.tree.leaves(tree)
-    wanted = {n: _template(x) for n, x in zip(names, leaves, strict=True) if n is not None}
-    stored = _stored_arrays(item)
-    _check_sizes(item, {n: tuple(x.shape) for n, x in stored.items()}, wanted)
+def _restore_named(item: Path, tree, skip_rng: bool = False, part: str = "", fresh=()):
+    """`tree` with its leaves read from the item. UserError if they aren't there in that size.
+
+    For `part` and `fresh` see `restore_states`.
+    """
+    names, wanted = _wanted(item, tree, skip_rng, part, fresh)
     arguments = ocp.args.PyTreeRestore(
         item=wanted,
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -194,14 +194,35 @@ def _restore_named(item: Path, tree, skip_rng: bool = False):
     if what := checksums.difference(item, checksums.of_items({item.name: arrays})[item.name]):
         raise DamagedCheckpoint(f"{item}: damaged ({what})")
     restored = []
-    for name, leaf in zip(names, leaves, strict=True):
+    for name, leaf in zip(names, jax.tree.leaves(tree), strict=True):
         if name is None:
             restored.append(_rng_stand_in(leaf))
+        elif not name:
+            restored.append(leaf)
         elif _is_key(leaf):
             restored.append(jax.random.wrap_key_data(arrays[name]))
         else:
             restored.append(arrays[name])
     return jax.tree.unflatten(jax.tree.structure(tree), restored)
+
+
+def _wanted(item: Path, tree, skip_rng: bool, part: str, fresh):
+    """-> (the stored name of each leaf of `tree`: '' for one that keeps its value, None for random
+    state that is not read; {name: template}). UserError if they aren't stored in that size.
+    """
+    names = [name and _place(name, part, fresh) for name in _names(tree, skip_rng)]
+    wanted = {n: _template(x) for n, x in zip(names, jax.tree.leaves(tree), strict=True) if n}
+    sizes = {n: tuple(x.shape) for n, x in _stored_arrays(item).items()}
+    _check_sizes(item, sizes, wanted, _place("params/", part))
+    return names, wanted
+
+
+def _place(name: str, part: str, fresh: Sequence[str] = ()) -> str:
+    """'params/head/kernel' -> 'params/<part>/head/kernel'; '' if it is one of `fresh`."""
+    kind, _, rest = name.partition("/")
+    if any(f"{rest}/".startswith(f"{one}/") for one in fresh):
+        return ""
+    return f"{kind}/{part}/{rest}" if part else name
 
 
 def _stored_arrays(item: Path) -> dict[str, Any]:
@@ -220,7 +241,10 @@ class DamagedCheckpoint(UserError):
     """A checkpoint that cannot be read; an earlier one may still be good."""
 
 
-def _check_sizes(item: Path, stored: dict[str, tuple], wanted: dict[str, Any]) -> None:
+def _check_sizes(
+    item: Path, stored: dict[str, tuple], wanted: dict[str, Any], complete: str
+) -> None:
+    """Raises unless `wanted` is stored so, and is all that is stored under `complete`."""
     for name, leaf in wanted.items():
         if name not in stored:
             raise UserError(f"{item}: has no {name} of shape {leaf.shape}; another model's weights")
@@ -230,7 +254,7 @@ def _check_sizes(item: Path, stored: dict[str, tuple], wanted: dict[str, Any]) -
                 "configuration; give the sizes it was trained with"
             )
     for name in stored.keys() - wanted.keys():
-        if name.startswith("params/"):
+        if name.startswith(complete):
             raise UserError(f"{item}: has {name} of shape {stored[name]}, the configuration not")
 
 
@@ -333,22 +357,41 @@ def _model_arrays(params, variables) -> dict[str, jax.Array]:
     return named_arrays({"params": params, "variables": variables})
 
 
-def restore_states(directory: str | os.PathLike, name: str, params, variables) -> tuple[Any, Any]:
+def restore_states(
+    directory: str | os.PathLike,
+    name: str,
+    params,
+    variables,
+    part: str = "",
+    fresh: Sequence[str] = (),
+) -> tuple[Any, Any]:
     """(params, variables) of a saved model with the shapes and shardings of the two templates.
 
-    UserError, naming both shapes, if a parameter is missing or has another size.
+    Args:
+      directory, name: of the saved model.
+      params, variables: the templates.
+      part: the submodule of the saved model that is read ('tokenizer'); '' is all of it.
+      fresh: submodules of the templates ('head') that keep the templates' own values.
+
+    UserError, naming both shapes, if a parameter is missing or has another size, or if the saved
+    part has one that the templates lack.
     """
     tree = {"params": params, "variables": variables}
-    restored = _restore_named(_latest_item(directory, name), tree, skip_rng=True)
+    restored = _restore_named(_latest_item(directory, name), tree, True, part, fresh)
     return restored["params"], restored["variables"]
 
 
-def require_same_sizes(directory: str | os.PathLike, name: str, params, variables) -> None:
+def require_same_sizes(
+    directory: str | os.PathLike,
+    name: str,
+    params,
+    variables,
+    part: str = "",
+    fresh: Sequence[str] = (),
+) -> None:
     """The error that `restore_states` would raise for sizes, without reading the arrays."""
-    tree, item = {"params": params, "variables": variables}, _latest_item(directory, name)
-    wanted = zip(_names(tree, skip_rng=True), jax.tree.leaves(tree), strict=True)
-    stored = {n: tuple(x.shape) for n, x in _stored_arrays(item).items()}
-    _check_sizes(item, stored, {n: _template(x) for n, x in wanted if n is not None})
+    tree = {"params": params, "variables": variables}
+    _wanted(_latest_item(directory, name), tree, True, part, fresh)
 
 
 def array_types(directory: str | os.PathLike, name: str = "model") -> dict[str, np.dtype]:

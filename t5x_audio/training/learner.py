@@ -15,6 +15,7 @@ import abc
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import flax.struct
@@ -126,6 +127,8 @@ class GradientLearner(Learner):
       optimizer: factory of `t5x_audio.training.optimizers`.
       init_from: model directory whose weights start the model; None starts from the seed.
       run_dir: what a relative `init_from` is relative to; None is the working directory.
+      init_part: the submodule of the model there that is this model ('tokenizer'); '' is all of it.
+      init_fresh: submodules of this model that start from the seed all the same ('head').
     """
 
     model: Any
@@ -133,6 +136,8 @@ class GradientLearner(Learner):
     optimizer: Any
     init_from: str | None = None
     run_dir: str | None = None
+    init_part: str = ""
+    init_fresh: Sequence[str] = ()
 
     @property
     def model_configs(self) -> dict[str, Any]:
@@ -172,13 +177,17 @@ class GradientLearner(Learner):
     def check_start(self, template: TrainState) -> None:
         """UserError if `init_from` is absent or of another size."""
         if self.init_from is not None:
-            checkpoints.require_same_sizes(self._start, "model", *_model_of(template))
+            checkpoints.require_same_sizes(
+                self._start, "model", *_model_of(template), self.init_part, self.init_fresh
+            )
 
     def warm_start(self, state: TrainState) -> TrainState:
         """`state` with the weights of `init_from`. UserError if absent or of another size."""
         if self.init_from is None:
             return state
-        params, variables = checkpoints.restore_states(self._start, "model", *_model_of(state))
+        params, variables = checkpoints.restore_states(
+            self._start, "model", *_model_of(state), self.init_part, self.init_fresh
+        )
         return state.replace(
             params=state.params | {"model": params},
             variables=state.variables | {"model": variables},

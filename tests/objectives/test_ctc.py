@@ -7,8 +7,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_audio.audio import transforms
-from t5x_audio.objectives import ctc
+from t5x_audio.objectives import augmentation, ctc
 from t5x_audio.tokenizers.linguistic import LinguisticTokenizerConfig
 from t5x_audio.tokenizers.sanm import SanmConfig
 from t5x_audio.tokenizers.semantic import SemanticTokenizerConfig
@@ -55,14 +54,6 @@ def test_equal_neighbours_need_a_blank_between_them():
     np.testing.assert_array_equal(ctc.required_frames(labels, jnp.array([4, 2, 4])), [6, 3, 4])
 
 
-def test_energy_is_normalised_as_in_the_front_end():
-    audio = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
-    audio *= np.array([[0.3], [0.001], [0.0]])
-    got = ctc.energy_normalize(jnp.asarray(audio))
-    want = np.stack([transforms.normalize_energy(row) for row in audio])
-    np.testing.assert_allclose(got, want, rtol=1e-6)
-
-
 def test_examples_without_an_alignment_are_left_out_and_counted():
     logits = jax.random.normal(jax.random.key(0), (3, 5, 6))
     batch = {
@@ -95,7 +86,7 @@ def batch(generator, size=6):
 
 
 SANM = SanmConfig(num_layers=1, width=16, num_heads=2, mlp_dim=16)
-AUGMENT = ctc.SpecAugment(max_time_frames=4, max_frequency_bins=8)
+AUGMENT = augmentation.SpecAugment(max_time_frames=4, max_frequency_bins=8)
 QUANTIZER = {"quantizer_warmup_steps": 40, "codebook_decay": 0.9}
 # What is reached within the steps: the semantic one starts above 5 per unit, and 0.7 is what is
 # lost by one who knows all but which of the two sounds it is.
