@@ -139,7 +139,7 @@ class Decoder:
         rows = np.concatenate(blocks, 1)
         return [row[row != PADDING] for row in rows]
 
-    def _pad(self, prompts, width: int):
+    def _pad(self, prompts, width: int = 0):
         if not len(prompts) or not all(len(p) for p in prompts):
             raise UserError("nothing to continue: a batch needs prompts of one token or more")
         lengths = np.array([len(p) for p in prompts], np.int32)
