@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from t5x_audio.objectives.augmentation import Noise, SpecAugment
@@ -36,11 +37,21 @@ CASES = {
     ),
 }
 ONE = MeshShape(data=1)
-MESHES = {
-    "data_fsdp": MeshShape(data=4, fsdp=2),
-    "tensor": MeshShape(data=2, fsdp=2, tensor=2),
-    "slices": MeshShape(replica=2, data=1, fsdp=4),
-}
+ALL_AXES = MeshShape(data=2, fsdp=2, tensor=2)
+ADAM = AdamW(peak_lr=1e-3, end_lr=1e-4, warmup_steps=1, total_steps=10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent:
+    """Steps along the gradient. Adam would blow up the rounding of gradients that are 0, such as
+    those of a bias of keys, to whole steps.
+    """
+
+    def make(self, params):
+        return optax.sgd(0.1)
+
+    def learning_rate(self, step):
+        return 0.1
 
 
 def batch():
@@ -59,9 +70,8 @@ def batch():
 def two_steps(name, shape, devices=None):
     """-> (TrainState, metrics) after two steps: the second one has statistics to move."""
     config, objective = CASES[name]
-    optimizer = AdamW(peak_lr=1e-3, end_lr=1e-4, warmup_steps=1, total_steps=10)
     mesh = shape.make(devices)
-    made = learner.GradientLearner(config, objective, optimizer)
+    made = learner.GradientLearner(config, objective, Descent())
     compiled = program.TrainProgram(made, mesh, ShardingRules(), seed=0)
     with jax.set_mesh(mesh):
         state, placed = compiled.init(), partitioning.place_batch(batch(), mesh)
@@ -73,19 +83,15 @@ def two_steps(name, shape, devices=None):
 def check(name):
     want, want_metrics = two_steps(name, ONE, jax.devices()[:1])
     assert np.isfinite(want_metrics["loss"][0]) and want_metrics["grad_norm"][0] > 1e-3
-    for mesh, shape in MESHES.items():
-        got, metrics = two_steps(name, shape)
-        for metric, pair in want_metrics.items():
-            message = f"{mesh}: {metric}"
-            np.testing.assert_allclose(metrics[metric], pair, rtol=1e-3, atol=1e-5, err_msg=message)
-        for kind in ("params", "variables"):
-            a, b = (jax.tree.leaves_with_path(getattr(x, kind)) for x in (want, got))
-            for (path, one), (_, other) in zip(a, b, strict=True):
-                largest = np.abs(one).max(initial=1e-6)
-                message = f"{mesh}: {jax.tree_util.keystr(path)}"
-                np.testing.assert_allclose(
-                    other, one, rtol=1e-3, atol=2e-3 * largest, err_msg=message
-                )
+    got, metrics = two_steps(name, ALL_AXES)
+    for metric, pair in want_metrics.items():
+        np.testing.assert_allclose(metrics[metric], pair, rtol=1e-3, atol=1e-5, err_msg=metric)
+    for kind in ("params", "variables"):
+        a, b = (jax.tree.leaves_with_path(getattr(x, kind)) for x in (want, got))
+        for (path, one), (_, other) in zip(a, b, strict=True):
+            np.testing.assert_allclose(
+                other, one, rtol=1e-3, atol=1e-5, err_msg=jax.tree_util.keystr(path)
+            )
 
 
 def linguistic_ctc_on_8_devices():
@@ -105,7 +111,7 @@ def semantic_best_rq_on_8_devices():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_mesh_agrees_with_one_device(on_devices, name):
+def test_a_mesh_agrees_with_one_device(on_devices, name):
     on_devices(8, f"{name}_on_8_devices")
 
 
@@ -122,7 +128,7 @@ def test_bfloat16_is_near_float32(name):
             inner = dataclasses.replace(inner, dtype=dtype)
         wrapped = isinstance(config, MaskedPredictionConfig)
         outer = dataclasses.replace(config, tokenizer=inner) if wrapped else inner
-        made = learner.GradientLearner(outer, objective, AdamW(1e-3, 1e-4))
+        made = learner.GradientLearner(outer, objective, ADAM)
         state, metrics = jax.jit(made.step)(
             made.init(jax.random.key(0)), batch(), jax.random.key(1)
         )
