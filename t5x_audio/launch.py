@@ -138,8 +138,8 @@ def prepare_environment() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     for name in ("jax._src.xla_bridge", "jax._src.compilation_cache"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Orbax logs the traceback of whatever its threads then raise here.
-    for name in ("absl", "orbax", "asyncio"):
+    # Orbax and Beam log the traceback of whatever is then raised here.
+    for name in ("absl", "orbax", "asyncio", "apache_beam"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
@@ -344,8 +344,9 @@ def _check_complete(gin, text: str) -> None:
 def _refuse_unknown(module: str, given: dict[str, Any]) -> None:
     """Refuses a flag, --model_dir, that this job has no use for."""
     parameters = inspect.signature(importlib.import_module(module).run).parameters
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in given:
-        if name not in parameters:
+        if name not in parameters and (name == "model_dir" or not takes_more):
             raise UserError(f"--{name}: {module} has no such setting")
 
 

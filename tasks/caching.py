@@ -91,8 +91,7 @@ def _cache_split(name, directory, split, vocabulary, num_shards) -> dict | None:
             weights = (value for key, value in example.items() if key.endswith("weights"))
             targets += sum(int(np.count_nonzero(w)) for w in weights)
     if not lengths:
-        for path in records.shard_paths(directory, split):
-            os.remove(path)
+        records.remove_split(directory, split)
         return None
     # Records go round the shards; readers see one shard after the other.
     order = np.concatenate([np.arange(s, len(lengths), num_shards) for s in range(num_shards)])

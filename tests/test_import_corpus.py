@@ -7,7 +7,8 @@ import pytest
 
 from t5x_audio import import_corpus
 from t5x_audio.audio import io
-from t5x_audio.data import corpus, records
+from t5x_audio.data import corpus, records, tf_recordings
+from t5x_audio.data.recordings import Limits
 from t5x_audio.errors import UserError
 
 
@@ -30,9 +31,9 @@ def write(folder, *rows):
     return str(path)
 
 
-def run(folder, manifest=None, **settings):
+def run(folder, **settings):
     return import_corpus.run(
-        run_dir=str(folder / "run"), name="mine", manifest=manifest, max_seconds=8.0, **settings
+        run_dir=str(folder / "run"), name="mine", max_seconds=8.0, min_rate=8000, **settings
     )
 
 
@@ -51,7 +52,7 @@ def test_a_manifest_becomes_a_corpus(folder, capsys):
         {"audio": "speech/silent.wav", "split": "train"},
         {"audio": "speech/none.wav", "split": "train"},
     )  # fmt: skip
-    result = run(folder, manifest)
+    result = run(folder, manifest=manifest)
     assert (result["clips"], result["left_out"]) == (2, 3)
     clip = clips(folder, "train")["speech-a"]
     assert (clip.text, clip.speaker, clip.role, clip.duration) == (
@@ -67,12 +68,14 @@ def test_a_manifest_becomes_a_corpus(folder, capsys):
     assert "lasts 9.0 s" in reasons["speech-long"] and "silent" in reasons["speech-silent"]
     assert "no such file" in reasons["speech-none"]
     assert corpus.finished_corpora(str(folder / "run/corpus"))
-    assert run(folder, manifest) == result and "finished already" in capsys.readouterr().err
+    assert (
+        run(folder, manifest=manifest) == result and "finished already" in capsys.readouterr().err
+    )
 
 
 def test_splits_follow_from_the_ids(folder):
     rows = [{"audio": "speech/a.flac", "id": f"clip {n}"} for n in range(60)]
-    run(folder, write(folder, *rows), validation=0.2, test=0.2)
+    run(folder, manifest=write(folder, *rows), validation=0.2, test=0.2)
     found = {split: set(clips(folder, split)) for split in records.SPLITS}
     assert sum(map(len, found.values())) == 60 and all(found.values())
     for split, ids in found.items():
@@ -99,17 +102,17 @@ GOOD = {"audio": "speech/a.flac", "split": "train"}
 )
 def test_bad_manifests_are_one_line_and_leave_nothing(folder, rows, message):
     with pytest.raises(UserError, match=message):
-        run(folder, write(folder, *rows))
+        run(folder, manifest=write(folder, *rows))
     assert not (folder / "run/corpus/mine").exists()
 
 
 def test_other_mistakes_are_one_line(folder):
-    with pytest.raises(UserError, match="one of --manifest=FILE and --tfds=NAME"):
+    with pytest.raises(UserError, match="name a source, e.g. --manifest=FILE"):
         run(folder)
     with pytest.raises(UserError, match="missing.jsonl: cannot be read"):
-        run(folder, str(folder / "missing.jsonl"))
+        run(folder, manifest=str(folder / "missing.jsonl"))
     with pytest.raises(UserError, match="shares that leave something over"):
-        run(folder, write(folder, GOOD), validation=0.5, test=0.5)
+        run(folder, manifest=write(folder, GOOD), validation=0.5, test=0.5)
     with pytest.raises(UserError, match="--tfds=no_such_speech: "):
         run(folder, tfds="no_such_speech")
 
@@ -153,3 +156,59 @@ def test_a_tfds_builder_becomes_a_corpus(folder):
     clip = found["dev_clean-1"]
     assert (clip.text, clip.speaker, clip.duration) == ("hello", "1", 1.0)
     np.testing.assert_allclose(clip.samples[800:-800], tone(1.0)[800:-800], atol=2e-2)
+
+
+def test_a_folder_becomes_a_corpus(folder):
+    (folder / "speech/a.txt").write_text("Bonjour,  le monde!\n")
+    result = import_corpus.run(
+        run_dir=str(folder / "run"), name="mine", folder=str(folder), normalization="none",
+        validation=0.0, test=0.0, max_seconds=8.0, min_rate=8000,
+    )  # fmt: skip
+    assert (result["clips"], result["left_out"]) == (2, 2)
+    found = clips(folder, "train")
+    assert (found["speech-a"].text, found["speech-a"].speaker) == ("Bonjour, le monde!", "speech")
+    assert found["speech-b"].text == ""
+    with pytest.raises(UserError, match="no such folder"):
+        import_corpus.run(run_dir=str(folder), name="x", folder=str(folder / "nowhere"))
+    with pytest.raises(UserError, match="give one of them"):
+        import_corpus.run(run_dir=str(folder), name="x", folder=str(folder), tfds="librispeech")
+
+
+def test_what_the_tokenizers_would_misread_is_left_out(folder):
+    io.save(folder / "speech/clipped.wav", np.clip(5 * tone(1.0), -1, 1))
+    rows = [{"audio": f"speech/{name}.wav", "split": "train"} for name in ("b", "clipped")]
+    manifest = write(folder, GOOD, *rows)
+    import_corpus.run(run_dir=str(folder / "run"), name="mine", manifest=manifest)
+    lines = (folder / "run/corpus/mine/quarantine.jsonl").read_text().splitlines()
+    reasons = [row["reason"] for row in map(json.loads, lines)]
+    assert "b.wav" in reasons[0] and "is sampled at 8000 Hz, below the 16000 Hz" in reasons[0]
+    assert "clipped.wav" in reasons[1] and "is clipped" in reasons[1]
+
+
+def test_a_seqio_task_gives_recordings(tmp_path):
+    import seqio
+    import tensorflow as tf
+
+    def dataset(split, shuffle_files, seed=None):
+        audio = tf.constant(np.stack([tone(1.0, hertz=100.0 + n) for n in range(5)]), tf.float32)
+        texts = tf.constant([f"Number {n}" for n in range(5)])
+        return tf.data.Dataset.from_tensor_slices({"audio": audio, "text": texts})
+
+    seqio.TaskRegistry.add(
+        "recordings_for_test",
+        source=seqio.FunctionDataSource(dataset, splits=["train"]),
+        output_features={"audio": seqio.ContinuousFeature(dtype=tf.float32, rank=1)},
+    )
+    source = tf_recordings.SeqioTask("recordings_for_test")
+    assert source.sizes() == {"train": 5}
+    parts = [list(source.shard("train", n, 2)) for n in range(2)]
+    assert [len(part) for part in parts] == [3, 2]
+    found = [recording.clip(Limits()) for part in parts for recording in part]
+    assert sorted(clip.text for clip in found) == [
+        "number four", "number one", "number three", "number two", "number zero",
+    ]  # fmt: skip
+    assert len({clip.id for clip in found}) == 5 and {clip.duration for clip in found} == {1.0}
+    with pytest.raises(UserError, match="name the module"):
+        tf_recordings.SeqioTask("no_such_task").sizes()
+    with pytest.raises(UserError, match="--seqio_module=no_such_module"):
+        tf_recordings.SeqioTask("recordings_for_test", "no_such_module").sizes()

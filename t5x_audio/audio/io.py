@@ -8,16 +8,22 @@ reported here as one `UserError` line, so that no later stage has to ask again.
 import os
 import pathlib
 import tempfile
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import soxr
 
+from t5x_audio.audio import containers
 from t5x_audio.errors import UserError
 
 DEFAULT_RATE = 16000
 G722_RATE = 16000
 SILENCE_PEAK = 1e-4  # -80 dBFS: below the last bit or two of 16-bit audio
+LOUDEST_PEAK = 16.0  # 24 dB above full scale: no float recording goes there
+MIN_RATE, MAX_RATE = 4000, 768000  # Hz: what speech may be sampled at
+_BLOCK_SECONDS = 60  # decoded at a time, so that a header alone cannot ask for all memory
+_UNKNOWN_FRAMES = 2**62  # libsndfile's length of a stream that does not tell its own
 
 
 def load(
@@ -26,24 +32,31 @@ def load(
     *,
     min_seconds: float = 0.05,
     max_seconds: float | None = None,
+    min_rate: int = MIN_RATE,
+    start: float = 0.0,
+    seconds: float | None = None,
     check_silence: bool = True,
 ) -> np.ndarray:
-    """Reads a recording of any format, rate and channel count.
+    """Reads a recording, or a part of one, of any format, rate and channel count.
 
     Args:
       path: a wav, flac, ogg or mp3 file.
       rate: sampling rate of the result in Hz; channels are averaged, then resampled.
       min_seconds: shorter recordings are refused.
-      max_seconds: longer recordings are refused before they are decoded; None = any length.
+      max_seconds: longer ones are refused before they are decoded; None = any length.
+      min_rate: recordings of a lower rate in Hz are refused.
+      start, seconds: the part to read; None = to the end.
       check_silence: refuse a recording that never exceeds -80 dBFS.
 
     Returns:
       float32 [T] mono.
 
     Raises:
-      UserError: the file is missing, empty, not audio, too short, too long, silent or not finite.
+      UserError: the file is missing, empty, cut off, not audio, too short, too long, of too low a
+        rate, silent or not finite, or ends before the part.
     """
-    samples, source_rate = _decode(pathlib.Path(path), max_seconds)
+    part = _Part(start, seconds, max_seconds)
+    samples, source_rate = _decode(pathlib.Path(path), part, min_rate)
     check_samples(
         samples, source_rate, name=str(path), min_seconds=min_seconds, check_silence=check_silence
     )
@@ -70,10 +83,27 @@ def check_samples(
         )
     if max_seconds is not None and seconds > max_seconds:
         _refuse_long(name, seconds, max_seconds)
-    if not np.isfinite(samples).all():
+    peak = float(np.abs(samples).max())
+    if not np.isfinite(peak):
         raise UserError(f"{name}: holds NaN or infinite samples; export it again as 16-bit audio")
-    if check_silence and np.abs(samples).max() < SILENCE_PEAK:
+    if peak > LOUDEST_PEAK:
+        raise UserError(
+            f"{name}: holds samples up to {peak:.3g}, where full scale is 1; its header tells the "
+            "wrong sample format, or it needs another export"
+        )
+    if check_silence and peak < SILENCE_PEAK:
         raise UserError(f"{name}: is silent (peak below -80 dBFS); check the microphone or level")
+
+
+def check_rate(name: str, rate: float, min_rate: int = MIN_RATE) -> None:
+    """Raises UserError, naming `name`, for a sampling rate in Hz that is none of speech."""
+    if rate < min_rate:
+        raise UserError(
+            f"{name}: is sampled at {rate} Hz, below the {min_rate} Hz that are needed; "
+            "take the original recording"
+        )
+    if rate > MAX_RATE:
+        raise UserError(f"{name}: {rate} Hz is no rate of speech; its header is damaged")
 
 
 def save(path, samples: np.ndarray, rate: int = DEFAULT_RATE) -> None:
@@ -146,7 +176,15 @@ def decode_g722(data: bytes) -> tuple[np.ndarray, int]:
     return to_float32(np.asarray(decoded, dtype=np.int16)), G722_RATE
 
 
-def _decode(path: pathlib.Path, max_seconds: float | None) -> tuple[np.ndarray, int]:
+class _Part(NamedTuple):
+    """The seconds of a file that are wanted, and how many there may be."""
+
+    start: float
+    seconds: float | None
+    max_seconds: float | None
+
+
+def _decode(path: pathlib.Path, part: _Part, min_rate: int) -> tuple[np.ndarray, int]:
     """Returns (float32 [T] mono, its rate), or raises UserError."""
     if not path.exists():
         raise UserError(f"{path}: no such file; check the path")
@@ -156,19 +194,52 @@ def _decode(path: pathlib.Path, max_seconds: float | None) -> tuple[np.ndarray, 
         if path.stat().st_size == 0:
             raise UserError(f"{path}: is empty (0 bytes); record or copy it again")
         # By descriptor, so that the content alone decides the format (a name ending in .raw
-        # would make soundfile ask for the layout).
-        with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
-            seconds = sound.frames / sound.samplerate
-            if max_seconds is not None and seconds > max_seconds:
-                _refuse_long(str(path), seconds, max_seconds)
-            channels = sound.read(dtype="float32", always_2d=True)
-            rate = sound.samplerate
-    except (soundfile.SoundFileError, OSError) as error:
+        # would make soundfile ask for the layout); unbuffered, as libsndfile goes on where it is.
+        with path.open("rb", buffering=0) as file:
+            missing = containers.what_is_missing(file)
+            if missing:
+                raise UserError(f"{path}: is cut off: {missing}; copy it again")
+            with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+                check_rate(str(path), sound.samplerate, min_rate)
+                return _read(str(path), sound, part), sound.samplerate
+    except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:
         reason = _one_line(error)
         raise UserError(
             f"{path}: cannot be read as audio ({reason}); give a wav, flac, ogg or mp3 file"
         ) from None
-    return (channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)), rate
+
+
+def _read(name: str, sound: soundfile.SoundFile, part: _Part) -> np.ndarray:
+    """float32 [T]: the mean of the channels of the part, decoded by the minute."""
+    rate, known = sound.samplerate, sound.frames < _UNKNOWN_FRAMES
+    start = round(part.start * rate)
+    wanted = None if part.seconds is None else round(part.seconds * rate)
+    if known:
+        if part.start and start >= sound.frames:
+            raise UserError(f"{name}: ends at {sound.frames / rate:.2f} s, before {part.start:g} s")
+        wanted = min(sound.frames - start, sound.frames if wanted is None else wanted)
+    limit = None if part.max_seconds is None else int(part.max_seconds * rate)
+    if limit is not None and wanted is not None and wanted > limit:
+        _refuse_long(name, wanted / rate, part.max_seconds)
+    if start:
+        sound.seek(start)
+    blocks, count = [], 0
+    while wanted is None or count < wanted:
+        size = _BLOCK_SECONDS * rate
+        block = sound.read(size if wanted is None else min(size, wanted - count), always_2d=True,
+                           dtype="float32")  # fmt: skip
+        if not len(block):
+            break
+        blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
+        count += len(block)
+        if limit is not None and count > limit:
+            _refuse_long(name, count / rate, part.max_seconds)
+    # The length of an MP3 is an estimate.
+    if known and count < wanted and sound.format not in ("MP3", "MPEG"):
+        raise UserError(
+            f"{name}: is cut off: {wanted - count} of {wanted} samples are missing; copy it again"
+        )
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
 
 def _refuse_long(name: str, seconds: float, max_seconds: float):

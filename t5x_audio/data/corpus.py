@@ -22,6 +22,7 @@ RATE = 16000
 ROLES = ("question", "answer", "utterance")
 QUESTIONS_FILE = "questions.jsonl"
 SUMMARY_FILE = "corpus.json"
+QUARANTINE_FILE = "quarantine.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +191,12 @@ def write_summary(
     text = json.dumps(summary | dict(info or {}), indent=1)
     write_text(os.path.join(directory, SUMMARY_FILE), text + "\n")
     return json.loads(text)
+
+
+def write_quarantine(directory: str, rows: Iterable[Mapping]) -> None:
+    """Writes quarantine.jsonl: {split, id, reason} of every recording that was left out."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    write_text(os.path.join(str(directory), QUARANTINE_FILE), lines)
 
 
 def write_text(path: str, text: str) -> None:

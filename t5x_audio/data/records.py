@@ -78,6 +78,12 @@ def has_split(directory: str, split: str) -> bool:
     return bool(shard_paths(directory, split))
 
 
+def remove_split(directory: str, split: str) -> None:
+    """Removes the shards of a split, if there are any."""
+    for path in _named_like_shards(directory, split):
+        os.remove(path)
+
+
 class RecordWriter:
     """Writes the shards of one split; nothing has its final name before `close`.
 

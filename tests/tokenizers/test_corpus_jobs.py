@@ -2,15 +2,21 @@
 
 import json
 import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from flax import nnx
 
 from t5x_audio import fit_codebook, tokenize_corpus
-from t5x_audio.data import corpus, records
+from t5x_audio.audio import quality
+from t5x_audio.data import corpus, records, tokenizing
 from t5x_audio.errors import UserError
-from t5x_audio.tokenizers import dual_codebook
 from t5x_audio.tokenizers.linguistic import LinguisticTokenizerConfig
 from t5x_audio.tokenizers.sanm import SanmConfig
 from t5x_audio.tokenizers.semantic import SemanticTokenizerConfig
@@ -72,10 +78,7 @@ def test_records_have_the_codes_and_the_fields_of_the_clips(tokens, run_dir):
     assert tokens["clips"] == 6 and tokens["quarantined"] == 2
     made = {r["id"]: r for r in records.open_records(f"{run_dir}/tokens/speech", "train")}
     assert set(made) == {"train0", "train1", "train2", "train3", "train5"}
-    tokenizer = dual_codebook.DualCodebookTokenizer(
-        checkpoints.load_model(f"{run_dir}/linguistic_tokenizer"),
-        checkpoints.load_model(f"{run_dir}/semantic"),
-    )
+    tokenizer = tokenize_corpus.load_tokenizer(run_dir)
     for clip in clips("train"):
         if clip.id not in made:
             continue
@@ -83,7 +86,7 @@ def test_records_have_the_codes_and_the_fields_of_the_clips(tokens, run_dir):
         linguistic, semantic = tokenizer.encode_batch([clip.samples])[0]
         np.testing.assert_array_equal(record.pop("linguistic"), linguistic)
         np.testing.assert_array_equal(record.pop("semantic"), semantic)
-        fields = clip.to_record()
+        fields = clip.to_record() | quality.measure(clip.samples, corpus.RATE)
         del fields["audio"]
         assert record == fields
 
@@ -91,30 +94,33 @@ def test_records_have_the_codes_and_the_fields_of_the_clips(tokens, run_dir):
 def test_rejected_clips_are_listed_with_the_reason(tokens, run_dir):
     with open(f"{run_dir}/tokens/speech/quarantine.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    assert [(row["split"], row["record"]) for row in rows] == [("train", 4), ("test", 1)]
+    assert [(row["split"], row["id"]) for row in rows] == [("train", "train4"), ("test", "test1")]
     assert "too short" in rows[0]["reason"] and "silent" in rows[1]["reason"]
+    assert all(row["reason"].startswith(f"{run_dir}/corpus/speech") for row in rows)
 
 
 def contents(directory):
-    names = sorted(name for name in os.listdir(directory) if name.endswith(".array_record"))
+    names = sorted(os.listdir(directory))
+    names = [name for name in names if name.endswith((".array_record", ".jsonl"))]
     return {name: open(os.path.join(directory, name), "rb").read() for name in names}
 
 
-def test_an_interrupted_job_keeps_its_finished_shards(tokens, run_dir, monkeypatch):
-    original, calls = tokenize_corpus._CorpusJob._tokenize, []
+def test_what_is_finished_is_not_done_again(tokens, run_dir, monkeypatch):
+    original, calls = tokenizing._tokenized, []
 
-    def counted(self, reader, indices):
-        calls.append(list(indices))
+    def counted(tokenizer, chunk):
+        calls.append([recording.id for recording, _ in chunk])
         if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(self, reader, indices)
+            raise UserError("stopped")
+        return original(tokenizer, chunk)
 
-    monkeypatch.setattr(tokenize_corpus._CorpusJob, "_tokenize", counted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(tokenizing, "_tokenized", counted)
+    with pytest.raises(UserError, match="stopped"):
         tokenize(run_dir, "resumed", num_shards=2)
     assert not contents(f"{run_dir}/resumed/speech")
+    first = calls[0]
     again = tokenize(run_dir, "resumed", num_shards=2)
-    assert calls == [[0, 2, 4], [1, 3, 5], [1, 3, 5], [0], [1]]
+    assert calls.count(first) == 1 and len(calls) == 5
     assert {k: again[k] for k in ("clips", "hours")} == {k: tokens[k] for k in ("clips", "hours")}
     assert contents(f"{run_dir}/resumed/speech") == contents(f"{run_dir}/tokens/speech")
     assert sorted(os.listdir(f"{run_dir}/resumed/speech")) == sorted(
@@ -122,6 +128,29 @@ def test_an_interrupted_job_keeps_its_finished_shards(tokens, run_dir, monkeypat
     )
     tokenize(run_dir, "resumed", num_shards=2)
     assert len(calls) == 5  # Finished: nothing was done again.
+
+
+def test_a_killed_job_of_two_workers_goes_on_and_its_bytes_are_those_of_one(codebook, run_dir):
+    tokenize(run_dir, "alone", num_shards=5)
+    command = [sys.executable, "-m", "t5x_audio.tokenize_corpus", f"--run_dir={run_dir}"]
+    command += [f"--model_dir={run_dir}/killed", "--num_shards=5", "--workers=2"]
+    unfinished = pathlib.Path(run_dir, "killed/speech/.unfinished")
+    job = subprocess.Popen(command, start_new_session=True)
+    while not (kept := list(unfinished.glob("t*-*/summary.json"))):
+        assert job.poll() is None
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert not contents(f"{run_dir}/killed/speech")
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize_corpus._CorpusJob, "_publish", lambda *_: {"hours": 0.0})
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        tokenize(run_dir, "killed", num_shards=5, workers=2)
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    os.remove(f"{run_dir}/killed/speech/tokens.json")
+    tokenize(run_dir, "killed", num_shards=5)
+    assert contents(f"{run_dir}/killed/speech") == contents(f"{run_dir}/alone/speech")
 
 
 def test_what_is_missing_is_named(run_dir, tmp_path):
