@@ -28,11 +28,14 @@ _ENVELOPE_SECONDS = 0.003  # cepstral detail: below the pitch period of most voi
 _MAX_GAIN = 4.6  # nepers, 40 dB: bound on what the envelope ratio may amplify or damp
 
 
+def energy_gain(samples: np.ndarray) -> float:
+    """What [T] is multiplied with to have a peak of 0.999; quieter than 0.01, as if it were 0.01."""
+    return 0.999 / max(float(np.abs(samples).max(initial=0.0)), 0.01)
+
+
 def normalize_energy(samples: np.ndarray) -> np.ndarray:
-    """Scales [T] so that its peak is 0.999; quieter than 0.01 it is scaled as if 0.01."""
-    samples = np.asarray(samples, np.float32)
-    peak = np.abs(samples).max(initial=0.0)
-    return (samples * (0.999 / max(float(peak), 0.01))).astype(np.float32)
+    """Scales float [T] by its `energy_gain`; float32."""
+    return np.asarray(samples, np.float32) * np.float32(energy_gain(samples))
 
 
 def trim_silence(samples: np.ndarray, top_db: float = 20.0) -> np.ndarray:

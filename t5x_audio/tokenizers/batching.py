@@ -26,10 +26,24 @@ class BucketedEncoder:
     are encoded alone and their frames are concatenated.
     """
 
-    def __init__(self, module: nnx.Module, method: str = "encode", batch_seconds: float = 64.0):
-        """`batch_seconds`: padded audio of a full batch; a single waveform is a batch of one."""
+    def __init__(
+        self,
+        module: nnx.Module,
+        method: str = "encode",
+        batch_seconds: float = 64.0,
+        piece_samples: int | None = None,
+    ):
+        """Compiles on first use.
+
+        Args:
+          module: see the class.
+          method: of the module.
+          batch_seconds: padded audio of a full batch; a single waveform is a batch of one.
+          piece_samples: shorter pieces than the module's; none where it has no limit.
+        """
         graph, self._state = nnx.split(module)
-        self._piece_samples = module.piece_samples
+        longest = module.piece_samples
+        self._piece_samples = longest and min(longest, piece_samples or longest)
         self._batch_samples = int(batch_seconds * SAMPLE_RATE)
 
         @jax.jit

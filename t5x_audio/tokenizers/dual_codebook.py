@@ -6,6 +6,7 @@ codes cover the same 0.12 s: such groups of five, linguistic first, are the merg
 tokenizer). A flat local code is a linguistic code c, or linguistic_size + semantic code c.
 """
 
+import functools
 from collections.abc import Sequence
 
 import flax.nnx as nnx
@@ -13,7 +14,7 @@ import numpy as np
 
 from t5x_audio.audio import transforms
 from t5x_audio.errors import UserError
-from t5x_audio.tokenizers import batching
+from t5x_audio.tokenizers import batching, streaming
 
 LINGUISTIC_PER_GROUP = 2
 SEMANTIC_PER_GROUP = 3
@@ -64,14 +65,35 @@ class DualCodebookTokenizer:
 
     sample_rate = batching.SAMPLE_RATE
 
-    def __init__(self, linguistic: nnx.Module, semantic: nnx.Module):
-        """Takes a `LinguisticTokenizer` and a `SemanticTokenizer`, trained."""
+    def __init__(
+        self,
+        linguistic: nnx.Module,
+        semantic: nnx.Module,
+        segment_seconds: float = batching.PIECE_SECONDS,
+    ):
+        """Takes a `LinguisticTokenizer` and a `SemanticTokenizer`, trained.
+
+        Args:
+          linguistic, semantic: the modules.
+          segment_seconds: an encoder that sees its whole input gets at most so much at a time, a
+            multiple of 0.12 s. 30 s is the published tokenizer; less lets a stream answer sooner.
+        """
+        segment = round(segment_seconds * self.sample_rate)
+        if (
+            segment % streaming.SAMPLES_PER_GROUP
+            or not 0 < segment <= batching.PIECE_SECONDS * self.sample_rate
+        ):
+            raise UserError(
+                f"segment_seconds={segment_seconds:g}: give a multiple of {GROUP_SECONDS} s up to "
+                f"{batching.PIECE_SECONDS} s"
+            )
+        self.segment_samples = segment
         self.linguistic, self.semantic = linguistic, semantic
         self.linguistic_size = linguistic.config.codebook_size
         self.semantic_size = semantic.config.codebook_size
         self.linguistic_rate, self.semantic_rate = linguistic.frame_rate, semantic.frame_rate
-        self._linguistic_encoder = batching.BucketedEncoder(linguistic)
-        self._semantic_encoder = batching.BucketedEncoder(semantic)
+        self._linguistic_encoder = batching.BucketedEncoder(linguistic, piece_samples=segment)
+        self._semantic_encoder = batching.BucketedEncoder(semantic, piece_samples=segment)
 
     @property
     def size(self) -> int:
@@ -107,3 +129,28 @@ class DualCodebookTokenizer:
         linguistic = self._linguistic_encoder(waveforms)
         semantic = self._semantic_encoder(waveforms)
         return list(zip(linguistic, semantic, strict=True))
+
+    def stream(self, gain: float = 1.0) -> streaming.TokenStream:
+        """Starts on a recording that is still going on.
+
+        Args:
+          gain: what its samples are multiplied with. The codes are those of `encode` with
+            `transforms.energy_gain` of the whole recording, which nobody knows before it has ended:
+            take that of what was heard before.
+        """
+        if self._stepper is not None:
+            first = streaming.ChunkStream(self._stepper)
+        else:
+            first = streaming.SegmentStream(self._linguistic_encoder, self.segment_samples)
+        second = streaming.SegmentStream(self._semantic_encoder, self.segment_samples)
+        return streaming.TokenStream(first, second, self.merge, gain)
+
+    def emission_samples(self, group: int, length: int | None = None) -> int:
+        """Samples after which a stream gives a group, see `streaming.emission_samples`."""
+        return streaming.emission_samples(group, self.segment_samples, self._stepper, length)
+
+    @functools.cached_property
+    def _stepper(self) -> streaming.ChunkStepper | None:
+        """Of a linguistic encoder in chunk context."""
+        chunked = self.linguistic.config.encoder.context == "chunk"
+        return streaming.ChunkStepper(self.linguistic) if chunked else None

@@ -99,19 +99,9 @@ class LinguisticTokenizer(nnx.Module):
         frames = audio_features.kaldi_fbank(audio, lengths, FBANK)
         counts = FBANK.num_frames(jnp.asarray(lengths))
         stacked = audio_features.low_frame_rate(frames, counts, STACKED_FRAMES, FRAME_STRIDE)
-        stacks = audio_features.low_frame_rate_length(counts, FRAME_STRIDE)
-        if self.config.encoder.context == "chunk":
-            stacks = stacks - self._left_over(counts)
-        return stacked, stacks
-
-    def _left_over(self, frames: jax.Array) -> jax.Array:
-        """1 where a stream of so many fbank frames ends without its last stack, else 0.
-
-        FunASR's streaming front end fills a stack's missing frames with the last one, but makes no
-        stack of 3 frames or fewer that come after the last whole chunk.
-        """
-        beyond = frames % (self.config.encoder.chunk_frames * FRAME_STRIDE)
-        return ((beyond > 0) & (beyond <= (STACKED_FRAMES - 1) // 2)).astype(frames.dtype)
+        chunked = self.config.encoder.context == "chunk"
+        chunk_frames = self.config.encoder.chunk_frames if chunked else None
+        return stacked, num_stacks(counts, chunk_frames)
 
     def normalize(self, features, lengths, train: bool = False) -> jax.Array:
         """CMVN of features [B, N, 560]; `train` first adds them to the statistics."""
@@ -152,3 +142,41 @@ class LinguisticTokenizer(nnx.Module):
         """Audio [B, T], sample counts [B] -> codes int32 [B, N], code counts int32 [B]."""
         hidden, counts = self.encode_frames(audio, lengths)
         return kmeans.nearest(hidden, self.codebook[...]), counts
+
+    def encode_chunk(self, audio, frames, stacks, state):
+        """One step of a stream, in chunk context.
+
+        Args:
+          audio: [B, T] samples of a chunk, with those of the 3 frames before it that its first
+            stack reaches back to; before the first chunk they are anything.
+          frames: int32 [], filter bank frames of `audio` that there are, these 3 among them.
+          stacks: int32 [], stacked frames of the chunk that there are.
+          state: `SanmState`.
+
+        Returns:
+          (codes int32 [B, chunk_frames], the next state); codes beyond `stacks` are undefined.
+        """
+        encoder, reach = self.config.encoder, (STACKED_FRAMES - 1) // 2
+        fbank = audio_features.kaldi_fbank(audio, None, FBANK)
+        wanted = jnp.arange(encoder.chunk_frames)[:, None] * FRAME_STRIDE + jnp.arange(
+            STACKED_FRAMES
+        )
+        first = jnp.where(state.position == 0, reach, 0)
+        stacked = fbank[:, jnp.clip(wanted.reshape(-1), first, frames - 1)]
+        stacked = stacked.reshape(len(audio), encoder.chunk_frames, -1)
+        lengths = jnp.broadcast_to(stacks, len(audio))
+        hidden, state = self.encoder.step(self.normalize(stacked, lengths), lengths, state)
+        return kmeans.nearest(hidden, self.codebook[...]), state
+
+
+def num_stacks(frames, chunk_frames: int | None):
+    """Stacked frames of so many filter bank frames (int or array); `chunk_frames` in chunk context.
+
+    There, FunASR's streaming front end fills a stack's missing frames with the last one, but makes
+    no stack of 3 frames or fewer that come after the last whole chunk.
+    """
+    stacks = audio_features.low_frame_rate_length(frames, FRAME_STRIDE)
+    if chunk_frames is None:
+        return stacks
+    beyond = frames % (chunk_frames * FRAME_STRIDE)
+    return stacks - ((beyond > 0) & (beyond <= (STACKED_FRAMES - 1) // 2))
