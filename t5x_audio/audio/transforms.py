@@ -29,7 +29,7 @@ _MAX_GAIN = 4.6  # nepers, 40 dB: bound on what the envelope ratio may amplify o
 
 
 def energy_gain(samples: np.ndarray) -> float:
-    """What [T] is multiplied with to have a peak of 0.999; quieter than 0.01, as if it were 0.01."""
+    """What [T] is multiplied with for a peak of 0.999; below a peak of 0.01, as if it were 0.01."""
     return 0.999 / max(float(np.abs(samples).max(initial=0.0)), 0.01)
 
 
