@@ -137,15 +137,20 @@ def front_end(kind, folder: pathlib.Path):
     return kind(cmvn_file=str(folder / "am.mvn"), dither=0.0, **FRONT_END)
 
 
-@torch.no_grad()
-def whole(model, frames) -> np.ndarray:
-    """Normalised features [N, 560] -> outputs [N, width], full context: the offline encoder."""
+def offline(model) -> SANMEncoder:
+    """FunASR's encoder with full context, of the same weights and type."""
     values = encoder_values() | {"input_layer": "pe"}
     del values["pos_enc_class"]
-    offline = SANMEncoder(input_size=560, **values).eval()
-    offline.load_state_dict(model.encoder.state_dict())
+    encoder = SANMEncoder(input_size=560, **values).eval()
+    encoder.load_state_dict(model.encoder.state_dict())
+    return encoder.to(next(model.parameters()).dtype)
+
+
+@torch.no_grad()
+def whole(model, frames) -> np.ndarray:
+    """Normalised features [N, 560] -> outputs [N, width], full context."""
     dtype = next(model.parameters()).dtype
-    return offline.to(dtype)(frames[None].to(dtype), torch.tensor([len(frames)]))[0][0].numpy()
+    return offline(model)(frames[None].to(dtype), torch.tensor([len(frames)]))[0][0].numpy()
 
 
 @torch.no_grad()
