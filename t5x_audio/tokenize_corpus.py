@@ -17,6 +17,7 @@ used is listed with the reason in quarantine.jsonl, never tokenised wrongly in s
 
 import dataclasses
 import functools
+import importlib.util
 import os
 import shlex
 import shutil
@@ -64,6 +65,11 @@ def run(
     """
     from t5x_audio.data.recordings import Limits
 
+    if importlib.util.find_spec("apache_beam") is None:
+        raise UserError(
+            "tokenize_corpus needs Apache Beam: make env, or "
+            "pip install --no-deps -r requirements/beam.txt"
+        )
     if workers < 1 or num_shards < 1:
         raise UserError(f"workers={workers}, num_shards={num_shards}: give 1 or more of each")
     found = _sources(run_dir, sources.choose(**source), name, corpora)
