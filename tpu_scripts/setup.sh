@@ -27,6 +27,6 @@ gcsfuse-\$(lsb_release -cs) main | sudo tee /etc/apt/sources.list.d/gcsfuse.list
 install="rm -rf $REMOTE && git clone -q $(printf '%q' "$REPO") $REMOTE && cd $REMOTE && git checkout -q \
 $(printf '%q' "$COMMIT") && python3 -m venv .venv && .venv/bin/python -m pip install -q -c \
 constraints/py\$(python3 -c 'import sys; print(\"%d%d\" % sys.version_info[:2])').txt -r requirements.txt \
-'jax[tpu]'"
+'jax[tpu]' && .venv/bin/python -m pip install -q --no-deps -r requirements/beam.txt"
 on_all_hosts "$mount"
 on_all_hosts "$install"
