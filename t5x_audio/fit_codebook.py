@@ -54,13 +54,16 @@ def run(
     if summary and summary["made_from"] == made_from:
         return {"model_dir": model_dir, "already_there": True, **summary["figures"]}
     frames = _gather_frames(model, directories, max_frames, seed)
-    batches = np.array_split(frames, max(1, len(frames) // batch_frames))
+    sharding = _over_devices()
+    count = max(1, len(frames) // batch_frames)
+    even = len(frames) // (count * sharding.num_devices) * count * sharding.num_devices
     centres, metrics = kmeans.fit(
-        batches,
+        np.split(frames[:even], count),
         model.config.codebook_size,
         seed=seed,
         num_epochs=num_epochs,
         on_epoch=_print_epoch(num_epochs),
+        sharding=sharding,
     )
     model.codebook[...] = centres
     checkpoints.save_model(model_dir, {"model": model.config}, {"model": model})
@@ -74,6 +77,14 @@ def run(
     }
     _write_summary(model_dir, {"made_from": made_from, "figures": figures})
     return {"model_dir": model_dir, **figures}
+
+
+def _over_devices():
+    """Points of a batch spread over all devices of this process."""
+    import jax
+
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 
 
 def fingerprint(*modules) -> str:

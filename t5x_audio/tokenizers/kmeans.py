@@ -106,6 +106,7 @@ def fit(
     seed: int = 0,
     num_epochs: int = 10,
     on_epoch=None,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[jax.Array, dict[str, float]]:
     """Fits `num_centres` centres.
 
@@ -117,6 +118,7 @@ def fit(
       num_epochs: passes; between passes the counts are forgotten, so that late passes are not
         anchored to early assignments, and dead centres are revived (not after the last two).
       on_epoch: called with (epoch, metrics) after every pass.
+      sharding: how the points of a batch lie on devices; None = on one.
 
     Returns:
       (centres float32 [K, D], {'inertia', 'usage', 'perplexity'} of the last pass): inertia = mean
@@ -132,14 +134,15 @@ def fit(
             f"codebook of {num_centres} codes from only {first.shape[0]} frames; "
             "use more audio or a smaller codebook"
         )
+    place = jnp.asarray if sharding is None else functools.partial(jax.device_put, device=sharding)
     rng, key = jax.random.split(rng)
-    centres = plus_plus(jnp.asarray(first), num_centres, key)
+    centres = plus_plus(place(first), num_centres, key)
     state = KMeansState(centres, jnp.zeros(num_centres))
     metrics = {}
     for epoch in range(num_epochs):
         usage, inertia, weight = jnp.zeros(num_centres), 0.0, 0
         for points in batches:
-            state, batch_usage, batch_inertia = update(state, jnp.asarray(points))
+            state, batch_usage, batch_inertia = update(state, place(points))
             usage = usage + batch_usage
             inertia, weight = inertia + batch_inertia * len(points), weight + len(points)
         metrics = {"inertia": float(inertia) / weight, **code_statistics(usage)}
@@ -147,7 +150,7 @@ def fit(
             on_epoch(epoch, metrics)
         if epoch < num_epochs - 2:
             rng, key = jax.random.split(rng)
-            state, _ = revive(state, usage, jnp.asarray(first), key)
+            state, _ = revive(state, usage, place(first), key)
         state = KMeansState(state.centres, jnp.minimum(state.counts, 1.0))
     return state.centres, metrics
 

@@ -68,3 +68,21 @@ def test_a_dead_centre_is_moved_onto_a_point():
 def test_too_few_frames_are_refused():
     with pytest.raises(UserError, match="only 5 frames"):
         kmeans.fit([np.zeros((5, 8), np.float32)], 6)
+
+
+def eight_devices_agree_with_one():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    generator = np.random.default_rng(0)
+    places = 10 * generator.normal(size=(12, 4))
+    batches = [(places[generator.integers(12, size=240)] + generator.normal(size=(240, 4)))
+               .astype(np.float32) for _ in range(3)]  # fmt: skip
+    one, alone = kmeans.fit(batches, 12, num_epochs=4)
+    other, spread = kmeans.fit(batches, 12, num_epochs=4, sharding=sharding)
+    np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-4)
+    assert spread["inertia"] == pytest.approx(alone["inertia"], rel=1e-4)
+    assert spread["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4)
+
+
+def test_eight_devices_agree_with_one(on_devices):
+    on_devices(8, "eight_devices_agree_with_one")
