@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from t5x_audio import fit_codebook, tokenize_corpus
-from t5x_audio.audio import quality
+from t5x_audio.audio import io, quality
 from t5x_audio.data import corpus, records, tokenizing
 from t5x_audio.errors import UserError
 from t5x_audio.tokenizers.linguistic import LinguisticTokenizerConfig
@@ -158,3 +158,48 @@ def test_what_is_missing_is_named(run_dir, tmp_path):
         tokenize(run_dir, "none", corpora=["nowhere"])
     with pytest.raises(UserError, match=str(tmp_path)):
         fit_codebook.run(model_dir=f"{tmp_path}/out", run_dir=str(tmp_path))
+
+
+def test_a_folder_goes_straight_to_codes_and_what_is_bad_to_quarantine(codebook, run_dir):
+    folder = pathlib.Path(run_dir, "recordings")
+    sound = next(clips("train")).samples
+    io.save(folder / "anna/good.wav", sound)
+    io.save(folder / "anna/named.flac", sound)
+    (folder / "anna/named.flac").rename(folder / "anna/wrongly.ogg")
+    (folder / "anna/good.txt").write_text("Zwei Wörter")
+    io.save(folder / "phone.wav", sound, 8000)
+    io.save(folder / "silent.wav", 0 * sound)
+    io.save(folder / "clipped.wav", np.clip(20 * sound, -1, 1))
+    io.save(folder / "long.wav", np.tile(sound, 40))
+    io.save(folder / "short.wav", sound[:1500])
+    whole = (folder / "anna/good.wav").read_bytes()
+    for name, data in {"empty": b"", "cut": whole[:9000], "text": b"no sound at all"}.items():
+        (folder / f"{name}.wav").write_bytes(data)
+    result = tokenize(
+        run_dir, "direct", folder=str(folder), name="own", normalization="none", max_seconds=20.0,
+        validation=0.0, test=0.0, num_shards=3,
+    )  # fmt: skip
+    assert (result["clips"], result["quarantined"]) == (2, 8)
+    made = {r["id"]: r for r in records.open_records(f"{run_dir}/direct/own", "train")}
+    assert set(made) == {"anna-good", "anna-wrongly"}
+    assert (made["anna-good"]["text"], made["anna-good"]["speaker"]) == ("Zwei Wörter", "anna")
+    for stream in ("linguistic", "semantic"):
+        np.testing.assert_array_equal(made["anna-good"][stream], made["anna-wrongly"][stream])
+    lines = pathlib.Path(run_dir, "direct/own/quarantine.jsonl").read_text().splitlines()
+    reasons = {row["id"]: row["reason"] for row in map(json.loads, lines)}
+    for name, reason in {
+        "phone": "sampled at 8000 Hz", "silent": "is silent", "clipped": "is clipped",
+        "long": "more than the 20 s", "short": "too short", "empty": "is empty",
+        "cut": "is cut off", "text": "cannot be read as audio",
+    }.items():  # fmt: skip
+        assert reason in reasons[name] and f"{name}.wav" in reasons[name]
+
+
+def test_what_does_not_go_together_is_told(codebook, run_dir):
+    for message, settings in {
+        "with --name": {"folder": run_dir},
+        "leave it away": {"folder": run_dir, "corpora": ["speech"]},
+        "give 1 or more": {"workers": 0},
+    }.items():
+        with pytest.raises(UserError, match=message):
+            tokenize(run_dir, "none", **settings)

@@ -9,7 +9,7 @@ import pytest
 
 from t5x_audio.objectives.augmentation import Noise, SpecAugment
 from t5x_audio.objectives.best_rq import BestRq
-from t5x_audio.objectives.ctc import LinguisticCtc, SemanticCtc
+from t5x_audio.objectives.ctc import SemanticCtc
 from t5x_audio.tokenizers.linguistic import LinguisticTokenizerConfig
 from t5x_audio.tokenizers.masked_prediction import MaskedPredictionConfig
 from t5x_audio.tokenizers.sanm import SanmConfig
@@ -24,15 +24,11 @@ LINGUISTIC = LinguisticTokenizerConfig(
 SEMANTIC = SemanticTokenizerConfig(16, 2, 32, 2, 16, 1, text_size=16)
 BARE = {"text_size": 0, "num_supervision_layers": 0}
 AUGMENTATION = {"spec_augment": SpecAugment(), "noise": Noise(0.7)}
+# Between them: both encoders, both objectives, moving statistics and codebooks.
 CASES = {
-    "linguistic_ctc": (LINGUISTIC, LinguisticCtc(**AUGMENTATION)),
     "semantic_ctc": (SEMANTIC, SemanticCtc(**AUGMENTATION)),
     "linguistic_best_rq": (
         MaskedPredictionConfig(dataclasses.replace(LINGUISTIC, **BARE), 32, 8),
-        BestRq(0.02, **AUGMENTATION),
-    ),
-    "semantic_best_rq": (
-        MaskedPredictionConfig(dataclasses.replace(SEMANTIC, **BARE), 32, 8),
         BestRq(0.02, **AUGMENTATION),
     ),
 }
@@ -94,20 +90,12 @@ def check(name):
             )
 
 
-def linguistic_ctc_on_8_devices():
-    check("linguistic_ctc")
-
-
 def semantic_ctc_on_8_devices():
     check("semantic_ctc")
 
 
 def linguistic_best_rq_on_8_devices():
     check("linguistic_best_rq")
-
-
-def semantic_best_rq_on_8_devices():
-    check("semantic_best_rq")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -130,7 +118,7 @@ def test_bfloat16_is_near_float32(name):
         outer = dataclasses.replace(config, tokenizer=inner) if wrapped else inner
         made = learner.GradientLearner(outer, objective, ADAM)
         state, metrics = jax.jit(made.step)(
-            made.init(jax.random.key(0)), batch(), jax.random.key(1)
+            jax.jit(made.init)(jax.random.key(0)), batch(), jax.random.key(1)
         )
         types = {x.dtype for x in jax.tree.leaves((state.params, state.variables))}
         return float(metrics["loss"][0]), float(metrics["grad_norm"][0]), types
