@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_audio.backbone.feed_forward import ByOutput
 from t5x_audio.backbone.transformer import Layer, Transformer
+from t5x_audio.cpu_weights import ByOutput, unstacked
 from t5x_audio.errors import UserError
 
 KINDS = ("float32", "bfloat16", "int8")
@@ -42,7 +42,7 @@ def prepare(model: Transformer, kind: str | None = None, unstack: bool = True) -
         raise UserError(f"weights={kind!r}: use one of {', '.join(KINDS)}")
     model = nnx.merge(*nnx.split(model))
     if unstack and isinstance(model.layers, Layer):
-        model.layers = nnx.List(_unstacked(model.layers, model.config.num_layers))
+        model.layers = unstacked(model.layers, model.config.num_layers)
     layers = (model.layers,) if isinstance(model.layers, Layer) else model.layers
     for module in (model, *layers):
         _flatten(module)
@@ -55,22 +55,6 @@ def prepare(model: Transformer, kind: str | None = None, unstack: bool = True) -
         dtype = model.config.dtype if kind == "int8" else kind
         model = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(_cast_to(dtype), state))
     return model
-
-
-def _unstacked(layers: Layer, count: int):
-    """Every layer with arrays of its own."""
-    graphdef, state = nnx.split(layers)
-
-    def one(variable, index):
-        axes = variable.get_metadata().get("logical_axes")
-        made = variable.replace(variable[...][index])
-        return made if axes is None else made.replace(logical_axes=axes[1:])
-
-    for index in range(count):
-        is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
-        yield nnx.merge(
-            graphdef, jax.tree.map(lambda v, i=index: one(v, i), state, is_leaf=is_variable)
-        )
 
 
 def _cast_to(dtype: str):

@@ -17,7 +17,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from t5x_audio.backbone.mesh import FSDP_AXIS, MESH_AXES, Axes, constrain, present
 
@@ -64,23 +63,6 @@ def _dense_backward(layout, saved, d_output):
 
 
 dense.defvjp(_dense_forward, _dense_backward)
-
-
-class ByOutput(nnx.Param):
-    """A weight kept as [O, I], for `dense_by_output`."""
-
-
-def dense_by_output(x: jax.Array, kernel: jax.Array, dtype=None) -> jax.Array:
-    """x [..., I] times kernel [O, I] -> [..., O] in `dtype`, by default the type of x.
-
-    For a decoder on a CPU: of few rows, this is the product that reads the kernel where it lies.
-    XLA's CPU compiler copies the right operand of any other into an order of its own first.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    product = jnp.einsum("oi,ri->or", kernel.astype(x.dtype), rows, preferred_element_type=dtype)
-    # Unseen by XLA, which would exchange the operands rather than transpose.
-    product = jax.lax.optimization_barrier(product)
-    return product.T.reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp

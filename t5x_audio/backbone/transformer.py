@@ -33,7 +33,7 @@ from flax import nnx
 from t5x_audio.backbone import context_parallel, remat, rope
 from t5x_audio.backbone.alibi import alibi_slopes, interpolate_slopes
 from t5x_audio.backbone.attention import attention
-from t5x_audio.backbone.feed_forward import ByOutput, dense, dense_by_output, swiglu
+from t5x_audio.backbone.feed_forward import dense, swiglu
 from t5x_audio.backbone.mesh import (
     BATCH_AXES,
     FSDP_AXIS,
@@ -43,6 +43,7 @@ from t5x_audio.backbone.mesh import (
     constrain,
 )
 from t5x_audio.backbone.rope import Llama3Scaling
+from t5x_audio.cpu_weights import ByOutput, dense_by_output
 from t5x_audio.errors import UserError
 
 

@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5x_audio import cpu_weights
+
 SAMPLE_RATE = 16000
 PIECE_SECONDS = 30
 MIN_PIECE_SAMPLES = 480  # what is shorter carries no frame and is dropped
+MAX_LAYERS_APART = 12  # of a stack: each is compiled for each bucket
 BUCKET_SECONDS = (1, 2, 3, 4, 6, 8, 12, 20, 30)
 
 
@@ -41,7 +44,7 @@ class BucketedEncoder:
           batch_seconds: padded audio of a full batch; a single waveform is a batch of one.
           piece_samples: shorter pieces than the module's; none where it has no limit.
         """
-        graph, self._state = nnx.split(module)
+        graph, self._state = nnx.split(cpu_weights.arranged(module, MAX_LAYERS_APART))
         longest = module.piece_samples
         self._piece_samples = longest and min(longest, piece_samples or longest)
         self._batch_samples = int(batch_seconds * SAMPLE_RATE)

@@ -23,6 +23,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from t5x_audio import cpu_weights
+
 
 @dataclasses.dataclass(frozen=True)
 class SanmConfig:
@@ -214,6 +216,12 @@ class SanmEncoder(nnx.Module):
         x, _, _ = self._run_layers(x, valid, None)
         return self.final_norm(x)
 
+    def take_apart(self, max_layers: int | None) -> None:
+        """See `cpu_weights.arranged`."""
+        layers = self.config.num_layers
+        if layers > 1 and (max_layers is None or layers <= max_layers):
+            self.rest = cpu_weights.unstacked(self.rest, layers - 1)
+
     def initial_state(self, batch_size: int) -> SanmState:
         """The streaming state of `batch_size` utterances before their first frame."""
         c = self.config
@@ -277,6 +285,14 @@ class SanmEncoder(nnx.Module):
         x, key, value = self.first(x, valid, first_past)
         if self.config.num_layers == 1:
             return x, key[None], value[None]
+        if isinstance(self.rest, nnx.List):
+            keys, values = [key], [value]
+            for index, layer in enumerate(self.rest, 1):
+                layer_past = (past[0][index], past[1][index], seen) if streaming else None
+                x, key, value = layer(x, valid, layer_past)
+                keys.append(key)
+                values.append(value)
+            return x, jnp.stack(keys), jnp.stack(values)
         graph, parameters = nnx.split(self.rest)
 
         def body(x, layer):

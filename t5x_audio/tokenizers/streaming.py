@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5x_audio import cpu_weights
 from t5x_audio.tokenizers import batching, linguistic
 
 SAMPLES_PER_GROUP = 1920  # 0.12 s
@@ -34,7 +35,7 @@ class ChunkStepper:
     """
 
     def __init__(self, module: nnx.Module):
-        graph, self._state = nnx.split(module)
+        graph, self._state = nnx.split(cpu_weights.arranged(module))
         self.encoder = module.config.encoder
         frames = self.encoder.chunk_frames * linguistic.FRAME_STRIDE
         self.chunk_samples = frames * _HOP

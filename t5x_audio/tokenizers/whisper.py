@@ -17,6 +17,8 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
+from t5x_audio import cpu_weights
+
 KERNEL = 3
 STRIDE = 2
 CONVOLUTION_GAIN = 2.0  # of the initial weights, over the variance-preserving ones
@@ -153,8 +155,17 @@ class Blocks(nnx.Module):
 
         self.stack = make(rngs)
 
+    def take_apart(self, max_layers: int | None) -> None:
+        """See `cpu_weights.arranged`."""
+        if max_layers is None or self.num_layers <= max_layers:
+            self.stack = cpu_weights.unstacked(self.stack, self.num_layers)
+
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """Frames [B, T, width], valid bool [B, T] -> [B, T, width]."""
+        if isinstance(self.stack, nnx.List):
+            for block in self.stack:
+                x = block(x, valid)
+            return x
         graph, parameters = nnx.split(self.stack)
 
         def body(x, layer):

@@ -8,8 +8,8 @@ from flax import nnx
 
 from t5x_audio.backbone import decoding_weights
 from t5x_audio.backbone.decoding import Decoder, Sampling
-from t5x_audio.backbone.feed_forward import ByOutput
 from t5x_audio.backbone.transformer import TransformerConfig
+from t5x_audio.cpu_weights import ByOutput
 from t5x_audio.errors import UserError
 
 CONFIG = TransformerConfig(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_audio.backbone.feed_forward import dense, dense_by_output, swiglu
+from t5x_audio.backbone.feed_forward import dense, swiglu
 
 
 def gradient(function):
@@ -30,18 +30,6 @@ def test_dense_computes_in_the_type_of_its_input_and_keeps_that_of_the_weight():
     out, pull = jax.vjp(dense, x, kernel)
     assert out.dtype == jnp.bfloat16
     assert [g.dtype for g in pull(out)] == [jnp.bfloat16, jnp.float32]
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (2, 3)])
-@pytest.mark.parametrize(("dtype", "within"), [("float32", 1e-5), ("bfloat16", 2e-2)])
-def test_dense_by_output(shape, dtype, within):
-    rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=(*shape, 24)), rng.normal(size=(24, 16))
-    product = jax.jit(lambda x, kernel: dense_by_output(x, kernel, jnp.float32))
-    got = product(jnp.asarray(x, dtype), jnp.asarray(kernel.T, jnp.float32))
-    assert got.dtype == jnp.float32 and got.shape == (*shape, 16)
-    np.testing.assert_allclose(got, x @ kernel, atol=within * np.abs(x @ kernel).max())
-    assert dense_by_output(jnp.asarray(x, dtype), jnp.asarray(kernel.T)).dtype == dtype
 
 
 def test_swiglu():
