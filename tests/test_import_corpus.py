@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from t5x_audio import import_corpus
+from t5x_audio import import_corpus, launch
 from t5x_audio.audio import io
 from t5x_audio.data import corpus, records, tf_recordings
 from t5x_audio.data.recordings import Limits
@@ -212,3 +212,19 @@ def test_a_seqio_task_gives_recordings(tmp_path):
         tf_recordings.SeqioTask("no_such_task").sizes()
     with pytest.raises(UserError, match="--seqio_module=no_such_module"):
         tf_recordings.SeqioTask("recordings_for_test", "no_such_module").sizes()
+
+
+def test_flags_are_checked(folder, capsys):
+    words = [f"--run_dir={folder}/run", "--name=mine", f"--folder={folder}"]
+
+    def launched(*more):
+        job = "t5x_audio.import_corpus"
+        return launch.launch(job, "", [*words, *more], import_corpus._add_flags)
+
+    assert launched("--model_dir=elsewhere") == 2
+    assert "--model_dir: t5x_audio.import_corpus has no such setting" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        launched("--normalization=french")
+    assert "--normalization" in capsys.readouterr().err
+    assert launched("--max_seconds=8", "--min_rate=8000") == 0
+    assert "clips=2" in capsys.readouterr().out

@@ -49,7 +49,8 @@ def clipped_share(samples: np.ndarray) -> float:
     Of a recording that was cut off at any level, not at full scale alone; a lone peak is none.
     """
     size = np.abs(samples)
-    top = size >= size.max(initial=0.0) * (1 - 1e-6)
+    # 32767 and -32768 are both full scale.
+    top = size >= size.max(initial=0.0) * (1 - 4e-5)
     inner = top[:-2] & top[1:-1] & top[2:]
     in_run = np.zeros(len(top), bool)
     for shift in range(3):

@@ -42,7 +42,7 @@ def test_clipping_is_found_at_any_level(level):
     assert quality.clipped_share(0.3 * tone) == 0.0
     assert quality.clipped_share(np.clip(tone, -0.9, 0.9) * level) == pytest.approx(0.287, abs=0.02)
     whole = io.to_float32(io.to_int16(1.5 * 0.9 * tone))
-    assert quality.measure(whole, RATE)["clipped_share"] > 0.2
+    assert quality.measure(whole, RATE)["clipped_share"] > 0.4  # both sides
 
 
 def test_short_and_silent_sound_has_figures_too():
