@@ -74,8 +74,10 @@ class Tokenizing:
             with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
                 shards = pipeline | "shards" >> beam.Create(jobs) | beam.Reshuffle()
                 _ = shards | "tokenize" >> beam.ParDo(_TokenizeShard(self))
-        except Exception:
+        except Exception as error:
             self._raise_written_error()
+            if _interrupted(error):
+                raise KeyboardInterrupt from error
             raise
         self._raise_written_error()
         left = [f"{split} {shard}" for split, shard in jobs if self.finished(split, shard) is None]
@@ -147,6 +149,13 @@ class Tokenizing:
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
                 raise UserError(file.read())
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether a signal is behind an error, which Beam tells as its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class _TokenizeShard(beam.DoFn):

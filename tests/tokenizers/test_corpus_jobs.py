@@ -130,6 +130,15 @@ def test_what_is_finished_is_not_done_again(tokens, run_dir, monkeypatch):
     assert len(calls) == 5  # Finished: nothing was done again.
 
 
+def test_an_interruption_is_told_as_one(codebook, run_dir, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizing, "_tokenized", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(run_dir, "interrupted")
+
+
 def test_a_killed_job_of_two_workers_goes_on_and_its_bytes_are_those_of_one(codebook, run_dir):
     tokenize(run_dir, "alone", num_shards=5)
     command = [sys.executable, "-m", "t5x_audio.tokenize_corpus", f"--run_dir={run_dir}"]
