@@ -203,6 +203,7 @@ class Progress:
         """`total`: recordings; `seconds`: how often it looks."""
         self._job, self._name, self._total, self._period = job, name, total, seconds
         self._stop = threading.Event()
+        self._finished: dict[str, dict] = {}  # what needs no second look
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "Progress":
@@ -234,8 +235,9 @@ class Progress:
             names = []
         for name in names:
             path = os.path.join(self._job.directory, name)
-            whole = read_json(os.path.join(path, SUMMARY_FILE))
+            whole = self._finished.get(name) or read_json(os.path.join(path, SUMMARY_FILE))
             if whole is not None:
+                self._finished[name] = whole
                 read += whole["clips"] + len(whole["quarantine"])
                 seconds += whole["seconds"]
             elif part := read_json(os.path.join(path, _PROGRESS_FILE)):
