@@ -5,9 +5,9 @@ Choices:
   they lie. That costs compilation for each layer, so deep stacks stay unless there is but one shape
   to compile.
 - XLA's CPU compiler copies the right operand of a product into an order of its own. By rows of
-  outputs that copy is cheap, and a product of few rows needs none: on 2 cores, 50 feed-forward
-  layers of 512 x 2048 take 77 ms for 9 rows, 290 ms scanned; 100 rows by 1280 x 5120 run at 98
-  instead of 84 GFLOP/s.
+  outputs that copy is cheap, and a product of few rows needs none.
+
+What it is worth: benchmarks/tokenizers.py and docs/results/tokenizer_speed.md.
 """
 
 import jax

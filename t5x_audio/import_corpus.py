@@ -46,8 +46,9 @@ def run(
       UserError: no source or two, a bad line, or nothing that can be used.
     """
     from t5x_audio.data import corpus
-    from t5x_audio.data.recordings import Limits
+    from t5x_audio.data.recordings import Limits, require_normalization
 
+    require_normalization(normalization)
     recordings = sources.choose(**source)
     if recordings is None:
         raise UserError("import_corpus: name a source, e.g. --manifest=FILE or --tfds=NAME")

@@ -63,7 +63,7 @@ def run(
     Returns:
       Figures for the closing line. UserError when a tokenizer or a source is missing.
     """
-    from t5x_audio.data.recordings import Limits
+    from t5x_audio.data.recordings import Limits, require_normalization
 
     if importlib.util.find_spec("apache_beam") is None:
         raise UserError(
@@ -72,6 +72,7 @@ def run(
         )
     if workers < 1 or num_shards < 1:
         raise UserError(f"workers={workers}, num_shards={num_shards}: give 1 or more of each")
+    require_normalization(normalization)
     found = _sources(run_dir, sources.choose(**source), name, corpora)
     model_dir = model_dir or os.path.join(run_dir, "tokens")
     limits = Limits(max_seconds, min_rate, max_clipped)

@@ -23,6 +23,12 @@ AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 _FIELDS = ("text", "speaker", "role", "question_id", "category")
 
 
+def require_normalization(name: str) -> None:
+    """UserError unless it is one of NORMALIZATIONS."""
+    if name not in NORMALIZATIONS:
+        raise UserError(f"normalization={name!r}: there are {', '.join(NORMALIZATIONS)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What a recording must keep to.

@@ -30,7 +30,7 @@ from t5x_audio.data.recordings import Limits, Recording, Source
 from t5x_audio.errors import UserError
 
 CHUNK_CLIPS = 512  # read and encoded at a time
-CHUNK_SECONDS = 3600.0
+CHUNK_SECONDS = 600.0  # no more, since the progress is told after each chunk
 SUMMARY_FILE = "summary.json"
 _PROGRESS_FILE = "progress.json"
 _ERROR_FILE = "error.txt"

@@ -209,6 +209,7 @@ def test_what_does_not_go_together_is_told(codebook, run_dir):
         "with --name": {"folder": run_dir},
         "leave it away": {"folder": run_dir, "corpora": ["speech"]},
         "give 1 or more": {"workers": 0},
+        "there are english, none": {"normalization": "french"},
     }.items():
         with pytest.raises(UserError, match=message):
             tokenize(run_dir, "none", **settings)
