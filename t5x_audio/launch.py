@@ -25,12 +25,13 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from t5x_audio.errors import UserError
+from t5x_audio.errors import Abandoned, UserError
 from t5x_audio.training import host_memory
 
 _PROJECT = Path(__file__).resolve().parent.parent
@@ -88,8 +89,13 @@ def launch(
     except UserError as error:
         return _fail(str(error).split("\n")[0])
     except KeyboardInterrupt as interrupt:
+        if isinstance(interrupt, Abandoned):
+            threading.excepthook = lambda _: None  # they complain of what they are losing
         where = str(interrupt).split("\n")[0]
         print(f"interrupted{': ' * bool(where)}{where}; start again to continue", file=sys.stderr)
+        if isinstance(interrupt, Abandoned):
+            sys.stderr.flush()
+            os._exit(130)
         return 130
     except Exception as error:
         full = _full_disk(error, getattr(flags, "model_dir", None) or os.getcwd())

@@ -79,11 +79,12 @@ def run(
     load = functools.partial(load_tokenizer, run_dir)
     tokenizer = load()
     options = _beam_options(workers, beam_options)
+    local = "--runner" not in beam_options
     began = time.monotonic()
     totals = {"clips": 0, "hours": 0.0, "quarantined": 0, "new_hours": 0.0}
     for corpus_name, recordings in found.items():
         target = os.path.join(model_dir, corpus_name)
-        job = _CorpusJob(recordings, target, num_shards, limits, normalization, load)
+        job = _CorpusJob(recordings, target, num_shards, limits, normalization, load, local)
         for key, value in job.run(tokenizer, options).items():
             totals[key] += value
     launch.save_operative_config(model_dir)
@@ -135,9 +136,18 @@ class _CorpusJob:
     limits: object
     normalization: str
     load: functools.partial
+    local: bool
 
     def run(self, tokenizer, options: list[str]) -> dict:
         """Does what is not done yet; returns the figures of the whole corpus."""
+        from t5x_audio.data import tokenizing
+
+        os.makedirs(self.target, exist_ok=True)
+        lock = os.path.join(self.target, ".running.lock")
+        with tokenizing.running(lock):
+            return self._run(tokenizer, options, lock)
+
+    def _run(self, tokenizer, options: list[str], lock: str) -> dict:
         from t5x_audio.data import tokenizing
 
         sizes = self.source.sizes()
@@ -148,7 +158,7 @@ class _CorpusJob:
         self._start(made_from)
         job = tokenizing.Tokenizing(
             self.source, self._unfinished(), self.num_shards, self.limits, self.normalization,
-            self.load,
+            self.load, lock if self.local else None, os.getpid(),
         )  # fmt: skip
         shards = [(split, shard) for split in sizes for shard in range(self.num_shards)]
         before = sum((job.finished(*shard) or {"seconds": 0.0})["seconds"] for shard in shards)

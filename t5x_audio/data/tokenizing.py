@@ -7,11 +7,16 @@ Choices:
   killed, or one that does the same shard a second time, harms nothing, and what is finished is not
   done again.
 - Workers meet on a file system that all of them see; the pipeline itself carries numbers only.
+- Beam waits for its workers before it lets an interruption through, and workers outlive a starter
+  that is killed. So the pipeline runs in a thread of its own, and processes of this machine hold on
+  to a lock of the starter's: when it lets go of it, or is gone, they end at once.
 - Recordings that cannot be used become rows of the shard's quarantine. An error that no other
   recording can escape (a full disk, no tokenizer) is written down for the starter and ends the job.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import os
@@ -27,7 +32,7 @@ from apache_beam.utils import shared
 from t5x_audio.audio import quality
 from t5x_audio.data import corpus, records
 from t5x_audio.data.recordings import Limits, Recording, Source
-from t5x_audio.errors import UserError
+from t5x_audio.errors import Abandoned, UserError
 
 CHUNK_CLIPS = 512  # read and encoded at a time
 CHUNK_SECONDS = 600.0  # no more, since the progress is told after each chunk
@@ -46,6 +51,8 @@ class Tokenizing:
       num_shards: of each split.
       limits, normalization: see `recordings`.
       load_tokenizer: -> `DualCodebookTokenizer`; called once in every worker's process.
+      lock: of `running`, when the workers are processes of this machine that end with `starter`.
+      starter: its process.
     """
 
     source: Source
@@ -54,6 +61,8 @@ class Tokenizing:
     limits: Limits
     normalization: str
     load_tokenizer: Callable[[], object]
+    lock: str | None = None
+    starter: int | None = None
 
     def shard_directory(self, split: str, shard: int) -> str:
         """Where a finished shard is."""
@@ -70,19 +79,18 @@ class Tokenizing:
         self._remove_attempts()
         if not jobs:
             return
-        try:
-            with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
-                shards = pipeline | "shards" >> beam.Create(jobs) | beam.Reshuffle()
-                _ = shards | "tokenize" >> beam.ParDo(_TokenizeShard(self))
-        except Exception as error:
-            self._raise_written_error()
-            if _interrupted(error):
-                raise KeyboardInterrupt from error
-            raise
+        error = _in_a_thread(functools.partial(self._run_pipeline, jobs, options))
         self._raise_written_error()
+        if error is not None:
+            raise error
         left = [f"{split} {shard}" for split, shard in jobs if self.finished(split, shard) is None]
         if left:
             raise RuntimeError(f"shards {', '.join(left)} were not made and nobody said why")
+
+    def _run_pipeline(self, jobs: list, options: list[str]) -> None:
+        with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
+            shards = pipeline | "shards" >> beam.Create(jobs) | beam.Reshuffle()
+            _ = shards | "tokenize" >> beam.ParDo(_TokenizeShard(self))
 
     def tokenize_shard(self, tokenizer, split: str, shard: int) -> None:
         """Makes one shard, unless it is there."""
@@ -151,11 +159,46 @@ class Tokenizing:
                 raise UserError(file.read())
 
 
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether a signal is behind an error, which Beam tells as its own."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
+@contextlib.contextmanager
+def running(lock: str) -> Iterator[None]:
+    """Holds the lock that says that a starter is at work. UserError when another one is."""
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            directory = os.path.dirname(lock)
+            raise UserError(f"{directory}: another tokenize_corpus is writing it") from None
+        except OSError:  # the file system has no locks
+            pass
+        yield
+        os.remove(lock)
+
+
+def _end_with_starter(lock: str) -> None:
+    """Ends this process, in whatever it is, when nobody holds the lock any more."""
+    with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError), open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        os._exit(1)
+
+
+def _in_a_thread(call: Callable[[], None]) -> Exception | None:
+    """The error that `call` ends with. `Abandoned` by an interruption, which does not wait."""
+    errors = []
+
+    def run():
+        try:
+            call()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except KeyboardInterrupt as interrupt:
+        raise Abandoned from interrupt
+    return errors[0] if errors else None
 
 
 class _TokenizeShard(beam.DoFn):
@@ -163,6 +206,11 @@ class _TokenizeShard(beam.DoFn):
 
     def __init__(self, job: Tokenizing):
         self._job, self._shared = job, shared.Shared()
+
+    def setup(self) -> None:
+        if self._job.lock is not None and self._job.starter != os.getpid():
+            lock = (self._job.lock,)
+            threading.Thread(target=_end_with_starter, args=lock, daemon=True).start()
 
     def process(self, element: tuple[str, int]) -> Iterator[None]:
         try:

@@ -10,13 +10,16 @@ Choices:
 - `context="full"`: every frame sees the whole utterance. `context="chunk"`: the streaming encoder
   with chunks [0, 4, 5]: each call takes 4 new frames, sees them together with the 5 before (which
   are computed again) and with keys and values of at most 16 earlier frames per layer, and emits 4.
-- Chunk mode is `step`, a pure function of (chunk, state); offline chunk encoding scans that same
-  step. The layers are one piece of code for both contexts.
+- In chunk context a stream calls `step`, a pure function of (chunk, state). Whole utterances go
+  layer by layer through all chunks at once: what a chunk sees of those before it in a layer depends
+  on no later layer, so this is the same encoding without a loop over time.
+- The layers are one piece of code for both contexts; `past` is all that differs.
 - The depth-wise convolution is a sum of shifted products: XLA fuses it to one loop, where a grouped
   convolution is several times slower on a CPU, above all its gradient.
 """
 
 import dataclasses
+import functools
 
 import flax.nnx as nnx
 import flax.struct
@@ -137,7 +140,8 @@ class SanmLayer(nnx.Module):
     def __call__(self, x, valid, past=None):
         """One layer on x [B, T, input_dim] with valid bool [B, T].
 
-        `past` = (keys [B, C, H, D], values, valid bool [B, C]) of earlier frames.
+        `past`: (keys [B, T, H, D], values) of the present frames -> (keys [B, C, H, D], values,
+        valid bool [B, C]) of earlier frames, which the present ones see too.
 
         Returns:
           (y [B, T, width], keys [B, T, H, D], values) of the present frames.
@@ -155,9 +159,10 @@ class SanmLayer(nnx.Module):
         query, key, value = (a.reshape(batch, length, heads, -1) for a in (query, key, flat_value))
         all_keys, all_values, visible = key, value, valid
         if past is not None:
-            all_keys = jnp.concatenate([past[0], key], axis=1)
-            all_values = jnp.concatenate([past[1], value], axis=1)
-            visible = jnp.concatenate([past[2], valid], axis=1)
+            past_keys, past_values, seen = past(key, value)
+            all_keys = jnp.concatenate([past_keys, key], axis=1)
+            all_values = jnp.concatenate([past_values, value], axis=1)
+            visible = jnp.concatenate([seen, valid], axis=1)
         query = query * query.shape[-1] ** -0.5
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, all_keys).astype(jnp.float32)
         scores = jnp.where(visible[:, None, None, :], scores, -1e30)
@@ -209,11 +214,10 @@ class SanmEncoder(nnx.Module):
           float32 [B, T, width]; frames beyond an utterance's length are undefined.
         """
         if self.config.context == "chunk":
-            return self._scan_chunks(features, lengths)
+            return self._encode_chunks(features, lengths)
         length = features.shape[1]
         x = self._embed(features, jnp.arange(1, length + 1))
-        valid = jnp.arange(length) < lengths[:, None]
-        x, _, _ = self._run_layers(x, valid, None)
+        x, _ = self._run_layers(x, jnp.arange(length) < lengths[:, None])
         return self.final_norm(x)
 
     def take_apart(self, max_layers: int | None) -> None:
@@ -258,7 +262,11 @@ class SanmEncoder(nnx.Module):
         cached = state.keys.shape[2]
         seen = jnp.broadcast_to(jnp.arange(cached) >= cached - state.filled, (len(chunk), cached))
         overlap = x[:, c.chunk_frames :]
-        x, keys, values = self._run_layers(x, valid, (state.keys, state.values, seen))
+
+        def past(cache, *_):
+            return (*cache, seen)
+
+        x, (keys, values) = self._run_layers(x, valid, past, (state.keys, state.values))
         state = SanmState(
             position=state.position + c.chunk_frames,
             overlap=overlap,
@@ -277,51 +285,71 @@ class SanmEncoder(nnx.Module):
         scaled = features.astype(jnp.float32) * self.config.width**0.5
         return scaled + positional_encoding(positions, self.config.input_dim)
 
-    def _run_layers(self, x, valid, past):
-        """All layers; past and the returned keys and values are stacked over layers (or None)."""
-        streaming = past is not None
-        seen = past[2] if streaming else None
-        first_past = (past[0][0], past[1][0], seen) if streaming else None
-        x, key, value = self.first(x, valid, first_past)
+    def _run_layers(self, x, valid, past=None, caches=None):
+        """All layers.
+
+        `past(cache, keys, values)`: see `SanmLayer`; `caches`, what it gets from the caller in each
+        layer, is stacked over layers.
+
+        Returns:
+          (x, keys and values of the present frames, stacked over layers; None without caches)
+        """
+
+        def run(layer, x, cache):
+            seen = past and functools.partial(past, cache)
+            x, key, value = layer(x, valid, seen)
+            return x, None if caches is None else (key, value)
+
+        def cache_of(part):
+            return jax.tree.map(lambda cache: cache[part], caches)
+
+        x, first = run(self.first, x, cache_of(0))
         if self.config.num_layers == 1:
-            return x, key[None], value[None]
+            return x, jax.tree.map(lambda a: a[None], first)
         if isinstance(self.rest, nnx.List):
-            keys, values = [key], [value]
+            made = [first]
             for index, layer in enumerate(self.rest, 1):
-                layer_past = (past[0][index], past[1][index], seen) if streaming else None
-                x, key, value = layer(x, valid, layer_past)
-                keys.append(key)
-                values.append(value)
-            return x, jnp.stack(keys), jnp.stack(values)
+                x, pair = run(layer, x, cache_of(index))
+                made.append(pair)
+            return x, None if caches is None else jax.tree.map(lambda *a: jnp.stack(a), *made)
         graph, parameters = nnx.split(self.rest)
 
         def body(x, layer):
             parameters, cache = layer
-            layer_past = (*cache, seen) if streaming else None
-            x, key, value = nnx.merge(graph, parameters)(x, valid, layer_past)
-            return x, (key, value) if streaming else None
+            return run(nnx.merge(graph, parameters), x, cache)
 
-        rest_past = (past[0][1:], past[1][1:]) if streaming else None
         unroll = min(self.config.scan_unroll, self.config.num_layers - 1)
-        x, caches = jax.lax.scan(body, x, (parameters, rest_past), unroll=unroll)
-        if not streaming:
-            return x, None, None
-        keys, values = caches
-        return x, jnp.concatenate([key[None], keys]), jnp.concatenate([value[None], values])
+        x, rest = jax.lax.scan(body, x, (parameters, cache_of(slice(1, None))), unroll=unroll)
+        return x, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
-    def _scan_chunks(self, features, lengths):
-        """Chunk context over whole utterances: the streaming step, scanned."""
-        size = self.config.chunk_frames
-        batch, length, dim = features.shape
-        count = -(-length // size)
-        padded = jnp.pad(features, ((0, 0), (0, count * size - length), (0, 0)))
-        chunks = padded.reshape(batch, count, size, dim).swapaxes(0, 1)
-        valid = jnp.clip(lengths - size * jnp.arange(count)[:, None], 0, size)
-        graph, parameters = nnx.split(self)
+    def _encode_chunks(self, features, lengths):
+        """Chunk context over whole utterances, all N chunks at once as rows of a batch."""
+        c = self.config
+        batch, length, _ = features.shape
+        count = -(-length // c.chunk_frames)
+        window = c.overlap_frames + c.chunk_frames
+        frames = self._embed(features, jnp.arange(1, length + 1))
+        missing = count * c.chunk_frames - length
+        frames = jnp.pad(frames, ((0, 0), (c.overlap_frames, missing), (0, 0)))
+        starts = c.chunk_frames * jnp.arange(count)
+        x = frames[:, starts[:, None] + jnp.arange(window)].reshape(batch * count, window, -1)
+        spoken = jnp.clip(lengths[:, None] - starts, 0, c.chunk_frames)
+        valid = jnp.arange(window) < (c.overlap_frames + spoken).reshape(-1, 1)
+        ages = jnp.arange(c.look_back_chunks, 0, -1)
+        seen = jnp.repeat(jnp.arange(count)[:, None] >= ages, c.chunk_frames, axis=1)
+        seen = jnp.tile(seen, (batch, 1))
 
-        def body(state, chunk):
-            output, state = nnx.merge(graph, parameters).step(*chunk, state)
-            return state, output
+        def look_back(present):
+            """Of the chunks before each: the frames that leave their overlap."""
+            kept = present.reshape(batch, count, window, *present.shape[2:])[:, :, : c.chunk_frames]
+            padding = ((0, 0), (c.look_back_chunks, 0)) + ((0, 0),) * (kept.ndim - 2)
+            padded = jnp.pad(kept, padding)
+            parts = [padded[:, k : k + count] for k in range(c.look_back_chunks)]
+            return jnp.concatenate(parts, axis=2).reshape(batch * count, -1, *present.shape[2:])
 
-        _, outputs = jax.lax.scan(body, self.initial_state(batch), (chunks, valid))
-        return outputs.swapaxes(0, 1).reshape(batch, count * size, -1)[:, :length]
+        def past(_, keys, values):
+            return look_back(keys), look_back(values), seen
+
+        x, _ = self._run_layers(x, valid, past)
+        x = self.final_norm(x[:, c.overlap_frames :])
+        return x.reshape(batch, count * c.chunk_frames, -1)[:, :length]

@@ -130,21 +130,58 @@ def test_what_is_finished_is_not_done_again(tokens, run_dir, monkeypatch):
     assert len(calls) == 5  # Finished: nothing was done again.
 
 
-def test_an_interruption_is_told_as_one(codebook, run_dir, monkeypatch):
-    def stopped(*_):
-        raise KeyboardInterrupt
+def started(run_dir, target, workers):
+    """A job in a session of its own, in the midst of a shard."""
+    command = [sys.executable, "-m", "t5x_audio.tokenize_corpus", f"--run_dir={run_dir}"]
+    command += [f"--model_dir={run_dir}/{target}", "--num_shards=5", f"--workers={workers}"]
+    job = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    unfinished = pathlib.Path(run_dir, target, "speech/.unfinished")
+    while not list(unfinished.glob("attempt-*")):
+        assert job.poll() is None
+        time.sleep(0.01)
+    return job
 
-    monkeypatch.setattr(tokenizing, "_tokenized", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        tokenize(run_dir, "interrupted")
+
+def wait_for_workers(job):
+    """Until no process of the job's session is left."""
+    for _ in range(300):
+        try:
+            os.killpg(job.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("workers outlive their starter")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interruption_ends_all_at_once(codebook, run_dir, workers):
+    job = started(run_dir, f"interrupted{workers}", workers)
+    job.terminate()
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 130 and "interrupted; start again to continue" in errors
+    assert "Traceback" not in errors
+    wait_for_workers(job)
+
+
+def test_workers_end_with_a_starter_that_is_killed(codebook, run_dir):
+    job = started(run_dir, "orphaned", 2)
+    job.kill()
+    job.wait()
+    wait_for_workers(job)
+
+
+def test_two_jobs_do_not_write_one_corpus(codebook, run_dir):
+    os.makedirs(f"{run_dir}/twice/speech")
+    other = tokenizing.running(f"{run_dir}/twice/speech/.running.lock")
+    with other, pytest.raises(UserError, match="another tokenize_corpus is writing it"):
+        tokenize(run_dir, "twice")
+    tokenize(run_dir, "twice")
 
 
 def test_a_killed_job_of_two_workers_goes_on_and_its_bytes_are_those_of_one(codebook, run_dir):
     tokenize(run_dir, "alone", num_shards=5)
-    command = [sys.executable, "-m", "t5x_audio.tokenize_corpus", f"--run_dir={run_dir}"]
-    command += [f"--model_dir={run_dir}/killed", "--num_shards=5", "--workers=2"]
+    job = started(run_dir, "killed", 2)
     unfinished = pathlib.Path(run_dir, "killed/speech/.unfinished")
-    job = subprocess.Popen(command, start_new_session=True)
     while not (kept := list(unfinished.glob("t*-*/summary.json"))):
         assert job.poll() is None
         time.sleep(0.01)
