@@ -79,7 +79,7 @@ pod-test: env
 	@$(BIN)/python -m pytest -s tests/pod
 
 parity: $(PARITY_VENV)/.installed
-	@$(PARITY_VENV)/bin/python -m pytest tests/parity
+	@$(PARITY_VENV)/bin/python -m pytest -n auto --dist loadfile tests/parity
 
 pod-plans: env pods
 	@$(BIN)/python benchmarks/kernel_schedule.py

@@ -4,9 +4,9 @@ r"""The three stages of pretraining on recorded speech: does every audio stream 
     python benchmarks/pretraining_streams.py --run_dir=runs/speech --manifest=speech.jsonl \
       --text=book.jsonl
 
-All jobs are those of a pod, at size tiny, on recordings alone: the manifest's and the telephone
-prompts that `prepare_data` fetches. Both tokenizers are trained, the recordings tokenised, and a
-language model goes through the three stages. What is measured is the perplexity of linguistic and
+All jobs are those of a pod, at size tiny. Both tokenizers are trained on the manifest's recordings,
+the telephone prompts that `prepare_data` fetches and the spoken world that it makes; the recordings
+alone are tokenised, and a language model goes through the three stages on them. What is measured is the perplexity of linguistic and
 semantic codes of the task `continuation` on held-out recordings, the same ones throughout. A job
 that has finished is not done again. The page and its picture go to docs/results/.
 """
@@ -46,11 +46,11 @@ def jobs(flags) -> list[list[str]]:
     return [
         ["import_corpus", run, "--name=recordings", f"--manifest={flags.manifest}"]
         + ["--validation=0.1"],
-        ["prepare_data", *tiny, "--gin_file=gin/runs/prepare_data.gin"]
-        + ["--gin.prepare_data.run.engine=None"],
+        [*life, *_only("prepare_data")],
         ["import_text", run, "--name=text", f"--files={flags.text}", "--normalize"],
         [*life, *_only("train_vocabulary", "train_linguistic", "fit_codebook", "train_semantic")],
-        [*life, *_only("tokenize_corpus")],
+        [*life, *_only("tokenize_corpus")]
+        + ["--gin.tokenize_corpus.run.corpora=('recordings', 'asterisk')"],
         ["cache_tasks", *tiny, "--gin_file=gin/runs/cache_tasks.gin", *gin]
         + [f"--gin.{binding}" for binding in CACHED]
         + [f"--model_dir={flags.run_dir}/tasks"],
@@ -105,7 +105,7 @@ def page(flags) -> str:
             summary.table_markdown(table),
             "![perplexity of linguistic and semantic codes over steps](pretraining.svg)",
             "Blue: training, all tasks of the stage, and its running mean; orange: held-out "
-            f"recordings, continued. {flags.remark}",
+            f"recordings, continued. {flags.remark}".rstrip(),
         )
     )
 
