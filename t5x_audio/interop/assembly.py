@@ -20,7 +20,7 @@ class Tensor:
     Attributes:
       name, shape: there.
       parameter, inner: name and shape here, without the axis of a stack.
-      layer: index in a stack; None where there is none.
+      layer: index in a stack, or of a stack of stacks an index of each; None where there is none.
       axes: of the tensor there, in their order here; None: reversed, as of a linear layer or a
         convolution, whose axes of length 1 disappear.
     """
@@ -29,7 +29,7 @@ class Tensor:
     shape: tuple[int, ...]
     parameter: str
     inner: tuple[int, ...]
-    layer: int | None
+    layer: int | tuple[int, ...] | None
     axes: tuple[int, ...] | None = None
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
@@ -61,14 +61,14 @@ def require_tensors(place, wanted: Sequence[Tensor], shapes: Mapping[str, tuple]
 
 
 def to_ours(wanted: Iterable[Tensor], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """{parameter here: array}, stacks stacked."""
+    """{parameter here: array}, stacks stacked; `wanted` has the layers in their order."""
     parts: dict[str, list] = {}
-    stacked = set()
+    last = {}
     for tensor in wanted:
         parts.setdefault(tensor.parameter, []).append(tensor.to_ours(arrays[tensor.name]))
-        if tensor.layer is not None:
-            stacked.add(tensor.parameter)
-    return {name: np.stack(p) if name in stacked else p[0] for name, p in parts.items()}
+        last[tensor.parameter] = np.atleast_1d(() if tensor.layer is None else tensor.layer)
+    sizes = {name: [int(index) + 1 for index in indices] for name, indices in last.items()}
+    return {name: np.reshape(p, (*sizes[name], *p[0].shape)) for name, p in parts.items()}
 
 
 def from_ours(wanted: Iterable[Tensor], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -51,6 +51,8 @@ class FlowConfig:
       encoder: the code encoder.
       regulator_layers: convolutions of the length regulator.
       regulator_residual: whether each is added to its input (published: not).
+      edge_codes: at both ends of what is sampled, which are interpolated apart, see
+        `length_regulator`; 0 = none.
       estimator: the U-Net.
       sigma_min: width of the path's end.
       guidance: classifier-free guidance rate of sampling.
@@ -71,6 +73,7 @@ class FlowConfig:
     encoder: ConformerConfig = ConformerConfig()
     regulator_layers: int = 4
     regulator_residual: bool = False
+    edge_codes: int = 20
     estimator: UnetConfig = UnetConfig()
     sigma_min: float = 1e-6
     guidance: float = 0.7
@@ -154,7 +157,8 @@ class FlowMatching(nnx.Module):
           code_lengths: int32 [B], prompt included.
           speaker_embedding: float [B, speaker_dim], any norm.
           prompt_mel: float [B, F, num_mels] log-mel, of which the prompt's frames count.
-          prompt_code_lengths: int32 [B], multiples of 5; None = no prompt.
+          prompt_code_lengths: int32 [B], multiples of 5, 0 without one; None in training, where
+            the whole is interpolated alike.
           rng: key of the encoder's dropout; None = none.
 
         Returns:
@@ -162,18 +166,20 @@ class FlowMatching(nnx.Module):
         """
         config = self.config
         size = config.mel_lengths(codes.shape[1])
-        prompts, prompt = None, jnp.zeros((codes.shape[0], size, config.num_mels))
+        prompts, edges = None, (0, 0)
+        prompt = jnp.zeros((codes.shape[0], size, config.num_mels))
         lengths = config.mel_lengths(code_lengths)
         if prompt_code_lengths is not None:
             frames = config.mel_lengths(prompt_code_lengths)
             prompts = (prompt_code_lengths, frames)
+            edges = (config.edge_codes, config.mel_lengths(config.edge_codes))
             lengths = frames + config.mel_lengths(code_lengths - prompt_code_lengths)
             prompt = self.normalise(prompt_mel[:, :size]) * length_mask(frames, size)
         code_mask = length_mask(code_lengths, codes.shape[1])
         mask = length_mask(lengths, size)
         x = self.embedding(jnp.clip(codes, 0, config.codebook - 1)) * code_mask
         x = self.project(self.encoder(x, code_mask, rng))
-        mu = self.regulator(x, code_lengths, lengths, size, mask, prompts)
+        mu = self.regulator(x, code_lengths, lengths, size, mask, prompts, edges)
         norm = jnp.linalg.norm(speaker_embedding, axis=-1, keepdims=True)
         speaker = self.speaker(speaker_embedding / jnp.maximum(norm, 1e-12))
         return Conditions(mu, speaker, prompt, mask, jnp.ones(codes.shape[0]))

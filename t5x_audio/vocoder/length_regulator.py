@@ -2,7 +2,8 @@
 
 CosyVoice-1's interpolate regulator: `torch.nn.functional.interpolate(mode='linear')` (half-pixel
 centres, clamped ends), four times (conv 3, group norm 1, Mish), conv 1. Prompt and target are
-interpolated apart so that the prompt's mel frames line up with the prompt's codes.
+interpolated apart so that the prompt's mel frames line up with the prompt's codes; and so are, when
+speech is sampled, some codes at both ends of the target, so that pieces of it fit together.
 
 Choices:
 - Interpolation is a product with a hat-function matrix built from the row's own lengths: no gather
@@ -20,7 +21,7 @@ from t5x_audio.vocoder.layers import MaskedGroupNorm, mish
 
 
 def interpolation_weights(
-    lengths: jax.Array, new_lengths: jax.Array, size: int, new_size: int, prompts=None
+    lengths: jax.Array, new_lengths: jax.Array, size: int, new_size: int, prompts=None, edges=(0, 0)
 ) -> jax.Array:
     """Linear interpolation of each row from its `lengths` to its `new_lengths` positions.
 
@@ -30,6 +31,8 @@ def interpolation_weights(
       size: input positions with padding.
       new_size: output positions with padding.
       prompts: (input, output) positions int32 [B] of the prompt, included in the lengths; None = 0.
+      edges: (input, output) positions of an end that is interpolated apart; of both ends, where
+        there are more than twice as many behind the prompt.
 
     Returns:
       float32 [B, new_size, size]; rows beyond `new_lengths` are 0.
@@ -39,12 +42,27 @@ def interpolation_weights(
     index = jnp.arange(new_size)[None]
     in_prompt = index < prompt_out[:, None]
     first = _source(index, zero, prompt_in, prompt_out)
-    rest = _source(
-        index - prompt_out[:, None], prompt_in, lengths - prompt_in, new_lengths - prompt_out
+    rest = _target_source(
+        index - prompt_out[:, None], prompt_in, lengths - prompt_in, new_lengths - prompt_out, edges
     )
     position = jnp.where(in_prompt, first, rest)
     weights = jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(size)))
     return jnp.where((index < new_lengths[:, None])[..., None], weights, 0.0)
+
+
+def _target_source(index, start, count, new_count, edges):
+    """`_source` of what follows the prompt, its ends apart where it is long enough."""
+    whole = _source(index, start, count, new_count)
+    if not edges[0]:
+        return whole
+    edge, new_edge = (jnp.full_like(start, size) for size in edges)
+    head = _source(index, start, edge, new_edge)
+    middle_index = index - new_edge[:, None]
+    middle = _source(middle_index, start + edge, count - 2 * edge, new_count - 2 * new_edge)
+    tail_index = index - (new_count - new_edge)[:, None]
+    tail = _source(tail_index, start + count - edge, edge, new_edge)
+    apart = jnp.where(middle_index < 0, head, jnp.where(tail_index < 0, middle, tail))
+    return jnp.where((count > 2 * edge)[:, None], apart, whole)
 
 
 def _source(index, start, count, new_count):
@@ -66,9 +84,11 @@ class LengthRegulator(nnx.Module):
         self.norms = nnx.List([MaskedGroupNorm(1, channels) for _ in range(num_layers)])
         self.out = Convolution(channels, channels, 1, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, lengths, new_lengths, new_size, new_mask, prompts=None) -> jax.Array:
+    def __call__(
+        self, x, lengths, new_lengths, new_size, new_mask, prompts=None, edges=(0, 0)
+    ) -> jax.Array:
         """See the class and `interpolation_weights`; new_mask float32 [B, F, 1]."""
-        weights = interpolation_weights(lengths, new_lengths, x.shape[1], new_size, prompts)
+        weights = interpolation_weights(lengths, new_lengths, x.shape[1], new_size, prompts, edges)
         x = jnp.einsum("bfn,bnc->bfc", weights, x.astype(jnp.float32))
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             y = mish(norm(convolution(x), new_mask)) * new_mask

@@ -7,7 +7,7 @@ from flax import nnx
 from t5x_audio.vocoder.convolution import length_mask
 from t5x_audio.vocoder.length_regulator import LengthRegulator, interpolation_weights
 
-_weights = jax.jit(interpolation_weights, static_argnums=(2, 3))
+_weights = jax.jit(interpolation_weights, static_argnums=(2, 3, 5))
 
 
 def test_weights_interpolate_with_half_pixel_centres():
@@ -31,6 +31,22 @@ def test_prompt_and_rest_do_not_mix():
     assert not weights[8:, :5].any()
     rest = _weights(jnp.array([10]), jnp.array([16]), 10, 16)[0]
     np.testing.assert_allclose(weights[8:, 5:], rest, atol=1e-6)
+
+
+def test_ends_are_interpolated_apart_where_there_is_more_than_both():
+    def weights(count, new_count, edges=(0, 0)):
+        prompts = (jnp.array([5]), jnp.array([8]))
+        total = jnp.array([5 + count]), jnp.array([8 + new_count])
+        return _weights(*total, 5 + count, 8 + new_count, prompts, edges)[0]
+
+    apart = weights(9, 25, (4, 7))
+    np.testing.assert_allclose(apart[:8], weights(9, 25)[:8])
+    for codes, frames in (((5, 9), (8, 15)), ((9, 10), (15, 26)), ((10, 14), (26, 33))):
+        size, new_size = codes[1] - codes[0], frames[1] - frames[0]
+        alone = _weights(jnp.array([size]), jnp.array([new_size]), size, new_size)[0]
+        np.testing.assert_allclose(apart[slice(*frames), slice(*codes)], alone, atol=1e-6)
+    np.testing.assert_allclose(apart.sum(1), 1.0, atol=1e-5)
+    np.testing.assert_array_equal(weights(8, 25, (4, 7)), weights(8, 25))
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -1,0 +1,81 @@
+"""CosyVoice's own modules, at the sizes of its first release, with random weights.
+
+The wheel cosyvoice-minicpmo carries CosyVoice and Matcha-TTS (Apache-2.0, MIT) as they are. What
+their packages import besides models (recognisers, servers, experiment tools) is left out.
+"""
+
+import importlib
+import logging
+import sys
+import types
+
+import torch
+
+
+def _module(name: str, **attributes) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__dict__.update(attributes, __path__=[])
+    return module
+
+
+_LEFT_OUT = {
+    "omegaconf": {"DictConfig": dict},
+    "conformer": {"ConformerBlock": object},
+    "matcha.utils": {},
+    "matcha.utils.pylogger": {"get_pylogger": logging.getLogger},
+    "cosyvoice.llm.llm": {"TransformerLM": None, "Qwen2LM": None},
+    "cosyvoice.cli.model": {"CosyVoiceModel": None, "CosyVoice2Model": None},
+    "cosyvoice.utils.file_utils": {"logging": logging},
+}
+_NAMES = (
+    "flow.flow", "flow.flow_matching", "flow.decoder", "flow.length_regulator",
+    "transformer.encoder", "hifigan.generator", "hifigan.f0_predictor",
+)  # fmt: skip
+_absent = {name: a for name, a in _LEFT_OUT.items() if name not in sys.modules}
+sys.modules.update({name: _module(name, **attributes) for name, attributes in _absent.items()})
+_found = {name: importlib.import_module(f"cosyvoice.{name}") for name in _NAMES}
+for _name in _absent:
+    del sys.modules[_name]
+
+# Theirs refuses float64.
+_found["flow.decoder"].mask_to_bias = lambda mask, dtype: (1.0 - mask.to(dtype)) * -1.0e10
+
+FRAME_RATE = 125 / 3  # interleaved codes a second
+
+
+def shaken(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with norms, biases and what starts at zero moved off their first values."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim < 2 or not parameter.any():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return module.eval()
+
+
+def flow(vocab_size: int = 5120, speaker_dim: int = 192) -> torch.nn.Module:
+    """`MaskedDiffWithXvec` of cosyvoice.yaml with the table of interleaved codes."""
+    torch.manual_seed(0)
+    encoder = _found["transformer.encoder"].ConformerEncoder(
+        input_size=512, output_size=512, attention_heads=8, linear_units=2048, num_blocks=6,
+        dropout_rate=0.1, positional_dropout_rate=0.1, attention_dropout_rate=0.1,
+        normalize_before=True, input_layer="linear", pos_enc_layer_type="rel_pos_espnet",
+        selfattention_layer_type="rel_selfattn", use_cnn_module=False, macaron_style=False,
+    )  # fmt: skip
+    estimator = _found["flow.decoder"].ConditionalDecoder(
+        in_channels=320, out_channels=80, channels=[256, 256], dropout=0.0, attention_head_dim=64,
+        n_blocks=4, num_mid_blocks=12, num_heads=8, act_fn="gelu",
+    )  # fmt: skip
+    settings = types.SimpleNamespace(
+        sigma_min=1e-6, solver="euler", t_scheduler="cosine", training_cfg_rate=0.2,
+        inference_cfg_rate=0.7, reg_loss_type="l1",
+    )  # fmt: skip
+    decoder = _found["flow.flow_matching"].ConditionalCFM(
+        in_channels=240, cfm_params=settings, n_spks=1, spk_emb_dim=80, estimator=estimator
+    )
+    model = _found["flow.flow"].MaskedDiffWithXvec(
+        input_size=512, output_size=80, spk_embed_dim=speaker_dim, vocab_size=vocab_size,
+        input_frame_rate=FRAME_RATE, encoder=encoder, decoder=decoder,
+        length_regulator=_found["flow.length_regulator"].InterpolateRegulator(80, (1, 1, 1, 1)),
+    )  # fmt: skip
+    return shaken(model)
