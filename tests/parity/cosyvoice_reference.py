@@ -40,6 +40,7 @@ for _name in _absent:
 # Theirs refuses float64.
 _found["flow.decoder"].mask_to_bias = lambda mask, dtype: (1.0 - mask.to(dtype)) * -1.0e10
 
+generator = _found["hifigan.generator"]
 FRAME_RATE = 125 / 3  # interleaved codes a second
 
 
@@ -79,3 +80,10 @@ def flow(vocab_size: int = 5120, speaker_dim: int = 192) -> torch.nn.Module:
         length_regulator=_found["flow.length_regulator"].InterpolateRegulator(80, (1, 1, 1, 1)),
     )  # fmt: skip
     return shaken(model)
+
+
+def hift() -> torch.nn.Module:
+    """`HiFTGenerator` of cosyvoice.yaml."""
+    torch.manual_seed(0)
+    predictor = _found["hifigan.f0_predictor"].ConvRNNF0Predictor()
+    return shaken(generator.HiFTGenerator(f0_predictor=predictor))
