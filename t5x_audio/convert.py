@@ -1,4 +1,4 @@
-r"""Backbones from and to Hugging Face, and from GGUF files; the published speech tokenizers.
+r"""Backbones from and to Hugging Face, and from GGUF files; published tokenizers and vocoders.
 
     python -m t5x_audio.convert --from_hf=Step-Audio-TTS-3B --model_dir=models/tts_3b
     python -m t5x_audio.convert --from_gguf=SmolLM2-135M.Q4_1.gguf --model_dir=models/smollm2
@@ -6,6 +6,7 @@ r"""Backbones from and to Hugging Face, and from GGUF files; the published speec
     python -m t5x_audio.convert --from_paraformer=DIR --codebook=linguistic_tokenizer.npy \
       --from_speech_tokenizer=speech_tokenizer_v1.onnx --model_dir=runs/step
     python -m t5x_audio.convert --model_dir=runs/step --to_paraformer=DIR --to_speech_tokenizer=FILE
+    python -m t5x_audio.convert --from_flow=flow.pt --from_hift=hift.pt --model_dir=runs/step
 
 Tensors keep their type (quantised ones become float32) and pass one at a time: memory is bounded by
 the largest (benchmarks/large_import.py), except in the export of a run's checkpoint, which holds
@@ -13,7 +14,7 @@ one shard of a stack of layers. What was imported from Hugging Face and not chan
 the same files, byte for byte; `--dtype` and other models get files of their own.
 
 Tokenizers become `<model_dir>/linguistic_tokenizer` and `<model_dir>/semantic`, as in a run
-(docs/tokenizers.md).
+(docs/tokenizers.md); CosyVoice-1's vocoder, which is Step-Audio-TTS-3B's, `flow` and `hift`.
 """
 
 import json
@@ -45,6 +46,10 @@ def run(
     from_speech_tokenizer: str | None = None,
     to_paraformer: str | None = None,
     to_speech_tokenizer: str | None = None,
+    from_flow: str | None = None,
+    from_hift: str | None = None,
+    to_flow: str | None = None,
+    to_hift: str | None = None,
 ) -> dict[str, Any]:
     """Imports a checkpoint to `model_dir`, or exports the model there.
 
@@ -59,6 +64,8 @@ def run(
       from_speech_tokenizer: ONNX file of CosyVoice to import, alone or with the former.
       to_paraformer: folder to export the linguistic tokenizer to, its codebook included.
       to_speech_tokenizer: ONNX file to export the semantic tokenizer to.
+      from_flow, from_hift: files of CosyVoice's vocoder to import, flow.pt and hift.pt.
+      to_flow, to_hift: files to export it to.
 
     Returns:
       Of a backbone its family, of each model parameters and tensors, and where they went.
@@ -67,14 +74,14 @@ def run(
       UserError: none or several of the ways, or a checkpoint that is missing, damaged, of another
         family or with tensors that do not fit its configuration.
     """
-    tokenizers_in = from_paraformer or from_speech_tokenizer
-    tokenizers_out = to_paraformer or to_speech_tokenizer
-    ways = [from_hf, from_gguf, to_hf, tokenizers_in, tokenizers_out]
+    parts_in = from_paraformer or from_speech_tokenizer or from_flow or from_hift
+    parts_out = to_paraformer or to_speech_tokenizer or to_flow or to_hift
+    ways = [from_hf, from_gguf, to_hf, parts_in, parts_out]
     if ways.count(None) != len(ways) - 1:
         raise UserError(
-            "convert: give one of --from_hf=FOLDER, --from_gguf=FILE, --to_hf=FOLDER, "
-            "--from_paraformer=FOLDER and --from_speech_tokenizer=FILE, or --to_paraformer=FOLDER "
-            "and --to_speech_tokenizer=FILE"
+            "convert: give --from_hf=FOLDER, --from_gguf=FILE or --to_hf=FOLDER alone; or some of "
+            "--from_paraformer=FOLDER, --from_speech_tokenizer=FILE, --from_flow=FILE and "
+            "--from_hift=FILE; or some of the same with --to_"
         )
     if (codebook is None) != (from_paraformer is None):
         raise UserError("convert: --from_paraformer=FOLDER and --codebook=FILE.npy go together")
@@ -84,12 +91,12 @@ def run(
         return import_folder(Path(from_hf), Path(model_dir))
     if from_gguf is not None:
         return import_gguf(Path(from_gguf), Path(model_dir))
-    if tokenizers_in is not None:
-        return import_tokenizers(
-            Path(model_dir), _path(from_paraformer), _path(codebook), _path(from_speech_tokenizer)
-        )
-    if tokenizers_out is not None:
-        return export_tokenizers(Path(model_dir), _path(to_paraformer), _path(to_speech_tokenizer))
+    if parts_in is not None:
+        files = (from_paraformer, codebook, from_speech_tokenizer, from_flow, from_hift)
+        return import_parts(Path(model_dir), *map(_path, files))
+    if parts_out is not None:
+        files = (to_paraformer, to_speech_tokenizer, to_flow, to_hift)
+        return export_parts(Path(model_dir), *map(_path, files))
     return export_checkpoint(Path(model_dir), Path(to_hf), dtype)
 
 
@@ -281,11 +288,16 @@ def _restore_kept(kept: Path, folder: Path, config, dtype: str) -> None:
     os.replace(temporary, folder / "config.json")
 
 
-def import_tokenizers(
-    model_dir: Path, paraformer_dir: Path | None, codebook: Path | None, onnx_file: Path | None
+def import_parts(
+    model_dir: Path,
+    paraformer_dir: Path | None,
+    codebook: Path | None,
+    onnx_file: Path | None,
+    flow_file: Path | None,
+    hift_file: Path | None,
 ) -> dict[str, Any]:
-    """See `run`. Both are read and checked before anything is written."""
-    from t5x_audio.interop import paraformer, speech_tokenizer
+    """See `run`. All are read and checked before anything is written."""
+    from t5x_audio.interop import cosyvoice_flow, cosyvoice_hift, paraformer, speech_tokenizer
     from t5x_audio.serving.model_dir import RunDirectory
     from t5x_audio.training import checkpoints
 
@@ -294,49 +306,65 @@ def import_tokenizers(
         loaded[places.linguistic_tokenizer] = paraformer.load(paraformer_dir, codebook)
     if onnx_file is not None:
         loaded[places.semantic_tokenizer] = speech_tokenizer.load(onnx_file)
+    if flow_file is not None:
+        loaded[places.flow] = cosyvoice_flow.load(flow_file)
+    if hift_file is not None:
+        loaded[places.hift] = cosyvoice_hift.load(hift_file)
     summary: dict[str, Any] = {"model_dir": str(model_dir)}
     for place, (model, report) in loaded.items():
         summary |= {f"{place.name}_{name}": number for name, number in report.items()}
+        name = _model_name(place, places)
         if checkpoints.checkpoint_steps(place):
-            checkpoints.require_same_configs(place, {"model": model.config})
+            checkpoints.require_same_configs(place, {name: model.config})
             print(f"{place}: finished already", file=sys.stderr)
             continue
         with checkpoints.leaving_nothing_behind(place):
             if place == places.linguistic_tokenizer:
                 paraformer.keep(paraformer_dir, place / paraformer.KEPT)
-            checkpoints.save_model(place, {"model": model.config}, {"model": model})
+            checkpoints.save_model(place, {name: model.config}, {name: model})
     return summary
 
 
-def export_tokenizers(
-    model_dir: Path, paraformer_dir: Path | None, onnx_file: Path | None
+def export_parts(
+    model_dir: Path,
+    paraformer_dir: Path | None,
+    onnx_file: Path | None,
+    flow_file: Path | None,
+    hift_file: Path | None,
 ) -> dict[str, Any]:
     """See `run`."""
-    from t5x_audio.interop import paraformer, speech_tokenizer
+    from t5x_audio.interop import cosyvoice_flow, cosyvoice_hift, paraformer, speech_tokenizer
     from t5x_audio.serving.model_dir import RunDirectory
     from t5x_audio.tokenizers.linguistic import LinguisticTokenizer
     from t5x_audio.tokenizers.semantic import SemanticTokenizer
     from t5x_audio.training import checkpoints
-
-    def load(place: Path, kind: type):
-        model = checkpoints.load_model(place)
-        if not isinstance(model, kind):
-            raise UserError(f"{place}: holds a {type(model).__name__}, not a {kind.__name__}")
-        return model
+    from t5x_audio.vocoder.flow import FlowMatching
+    from t5x_audio.vocoder.hift import HiftGenerator
 
     places, summary = RunDirectory(model_dir), {}
-    if paraformer_dir is not None:
-        place = places.linguistic_tokenizer
-        model = load(place, LinguisticTokenizer)
-        report = paraformer.save(model, paraformer_dir, place / paraformer.KEPT)
+    kept = places.linguistic_tokenizer / paraformer.KEPT
+    for place, kind, path, label, save in (
+        (places.linguistic_tokenizer, LinguisticTokenizer, paraformer_dir, "paraformer_dir",
+         lambda model, path: paraformer.save(model, path, kept)),
+        (places.semantic_tokenizer, SemanticTokenizer, onnx_file, "onnx_file",
+         speech_tokenizer.save),
+        (places.flow, FlowMatching, flow_file, "flow_file", cosyvoice_flow.save),
+        (places.hift, HiftGenerator, hift_file, "hift_file", cosyvoice_hift.save),
+    ):  # fmt: skip
+        if path is None:
+            continue
+        model = checkpoints.load_model(place, _model_name(place, places))
+        if not isinstance(model, kind):
+            raise UserError(f"{place}: holds a {type(model).__name__}, not a {kind.__name__}")
+        report = save(model, path)
         summary |= {f"{place.name}_{name}": number for name, number in report.items()}
-        summary["paraformer_dir"] = str(paraformer_dir)
-    if onnx_file is not None:
-        place = places.semantic_tokenizer
-        report = speech_tokenizer.save(load(place, SemanticTokenizer), onnx_file)
-        summary |= {f"{place.name}_{name}": number for name, number in report.items()}
-        summary["onnx_file"] = str(onnx_file)
+        summary[label] = str(path)
     return summary
+
+
+def _model_name(place: Path, places) -> str:
+    """HiFT's checkpoints have a discriminator beside the generator."""
+    return "generator" if place == places.hift else "model"
 
 
 def _path(text: str | None) -> Path | None:
@@ -353,6 +381,9 @@ def _add_flags(parser) -> None:
     parser.add_argument("--from_speech_tokenizer", help="ONNX file of CosyVoice to import")
     parser.add_argument("--to_paraformer", help="folder to export the linguistic tokenizer to")
     parser.add_argument("--to_speech_tokenizer", help="ONNX file to export the semantic one to")
+    for name, file in (("flow", "flow.pt"), ("hift", "hift.pt")):
+        parser.add_argument(f"--from_{name}", help=f"{file} of CosyVoice to import")
+        parser.add_argument(f"--to_{name}", help=f"{file} to export to")
 
 
 if __name__ == "__main__":

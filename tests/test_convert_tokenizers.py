@@ -295,11 +295,11 @@ def test_nothing_is_written_over(published, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({}, "give one of"),
+        ({}, "give --from_hf=FOLDER"),
         ({"from_paraformer": "a"}, "go together"),
         ({"codebook": "a", "from_speech_tokenizer": "b"}, "go together"),
-        ({"from_speech_tokenizer": "b", "to_paraformer": "c"}, "give one of"),
-        ({"from_hf": "a", "from_speech_tokenizer": "b"}, "give one of"),
+        ({"from_speech_tokenizer": "b", "to_paraformer": "c"}, "give --from_hf=FOLDER"),
+        ({"from_hf": "a", "from_speech_tokenizer": "b"}, "give --from_hf=FOLDER"),
     ],
 )
 def test_flags_that_do_not_fit(tmp_path, flags, message):

@@ -1,0 +1,93 @@
+"""CosyVoice's vocoder files in and out; parity with its modules is in tests/parity."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from t5x_audio import convert
+from t5x_audio.errors import UserError
+from t5x_audio.interop import assembly, cosyvoice_flow, cosyvoice_hift, torch_file
+from t5x_audio.training import checkpoints
+from t5x_audio.vocoder.conformer import ConformerConfig
+from t5x_audio.vocoder.flow import FlowConfig
+from t5x_audio.vocoder.hift import HiftConfig
+from t5x_audio.vocoder.unet import UnetConfig
+
+FLOW = FlowConfig(
+    codebook=20, num_mels=8, speaker_dim=6, regulator_layers=2,
+    encoder=ConformerConfig(width=16, num_layers=2, num_heads=2, mlp_dim=24),
+    estimator=UnetConfig((16, 24), 3, 2, 1, 64),
+)  # fmt: skip
+HIFT = HiftConfig()
+
+
+def random_model(config):
+    """Every parameter another random array."""
+    model = config.make(nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        variable[...] = rng.normal(size=variable.shape).astype(np.float32)
+    return model
+
+
+def test_a_flow_comes_back_and_its_sizes_are_read_off_the_file(tmp_path):
+    model = random_model(FLOW)
+    file = tmp_path / "flow.pt"
+    cosyvoice_flow.save(model, file)
+    run = str(tmp_path / "run")
+    report = convert.run(model_dir=run, from_flow=str(file))
+    count = sum(array.size for array in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert report["flow_parameters"] == count
+    read = checkpoints.load_model(f"{run}/flow")
+    assert read.config == FLOW
+    for name, array in assembly.arrays_of(model).items():
+        np.testing.assert_array_equal(assembly.arrays_of(read)[name], array, err_msg=name)
+    convert.run(model_dir=run, to_flow=str(tmp_path / "back.pt"))
+    assert (tmp_path / "back.pt").read_bytes() == file.read_bytes()
+    with pytest.raises(UserError, match="is there already"):
+        convert.run(model_dir=run, to_flow=str(file))
+
+
+def test_hift_comes_back(tmp_path):
+    file, run = tmp_path / "hift.pt", str(tmp_path / "run")
+    cosyvoice_hift.save(random_model(HIFT), file)
+    assert convert.run(model_dir=run, from_hift=str(file))["hift_tensors"] > 200
+    assert convert.run(model_dir=run, from_hift=str(file))["hift_tensors"] > 200  # there already
+    convert.run(model_dir=run, to_hift=str(tmp_path / "back.pt"))
+    assert (tmp_path / "back.pt").read_bytes() == file.read_bytes()
+
+
+def test_what_a_file_cannot_say_is_refused(tmp_path):
+    for change, message in (
+        ({"residual_std": 0.2}, "residual_std is 0.2"),
+        ({"mel_mean": 1.0}, "mel_mean is 1.0"),
+        ({"encoder": ConformerConfig(16, 1, 2, 8, 9)}, "convolution_kernel"),
+        ({"estimator": UnetConfig((16,), 1, 1, 2, 8)}, "head_dim is 8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cosyvoice_flow.require_published_form(FlowConfig(**change))
+    hift = HiftConfig(base_channels=16, f0_channels=8, filters_source=True).make(nnx.Rngs(0))
+    with pytest.raises(UserError, match="filters_source is True"):
+        cosyvoice_hift.save(hift, tmp_path / "hift.pt")
+
+
+def test_wrong_files_are_named_and_nothing_is_left(tmp_path):
+    cosyvoice_flow.save(random_model(FLOW), tmp_path / "flow.pt")
+    arrays = dict(torch_file.read_torch_file(tmp_path / "flow.pt"))
+    wrong = tmp_path / "wrong.pt"
+    for name, array, message in (
+        ("encoder.after_norm.bias", None, "lacks encoder.after_norm.bias"),
+        ("encoder.after_norm.bias", np.zeros(3, np.float32), "has shape"),
+        ("other", np.zeros(3, np.float32), "has other"),
+        ("input_embedding.weight", None, "no flow of CosyVoice-1"),
+    ):
+        changed = {key: value for key, value in arrays.items() if key != name}
+        torch_file.write_torch_file(wrong, changed | ({} if array is None else {name: array}))
+        with pytest.raises(UserError, match=message):
+            convert.run(model_dir=str(tmp_path / "run"), from_flow=str(wrong))
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="lacks"):
+        convert.run(model_dir=str(tmp_path / "run"), from_hift=str(tmp_path / "flow.pt"))
+    with pytest.raises(UserError, match="nowhere.pt"):
+        convert.run(model_dir=str(tmp_path / "run"), from_flow=str(tmp_path / "nowhere.pt"))
