@@ -6,9 +6,10 @@ r"""The three stages of pretraining on recorded speech: does every audio stream 
 
 All jobs are those of a pod, at size tiny. Both tokenizers are trained on the manifest's recordings,
 the telephone prompts that `prepare_data` fetches and the spoken world that it makes; the recordings
-alone are tokenised, and a language model goes through the three stages on them. What is measured is the perplexity of linguistic and
-semantic codes of the task `continuation` on held-out recordings, the same ones throughout. A job
-that has finished is not done again. The page and its picture go to docs/results/.
+alone are tokenised, and a language model goes through the three stages on them. What is measured is
+the perplexity of linguistic and semantic codes of the task `continuation` on held-out recordings,
+the same ones throughout. A job that has finished is not done again. The page and its picture go to
+docs/results/.
 """
 
 import argparse
