@@ -14,7 +14,8 @@ one shard of a stack of layers. What was imported from Hugging Face and not chan
 the same files, byte for byte; `--dtype` and other models get files of their own.
 
 Tokenizers become `<model_dir>/linguistic_tokenizer` and `<model_dir>/semantic`, as in a run
-(docs/tokenizers.md); CosyVoice-1's vocoder, which is Step-Audio-TTS-3B's, `flow` and `hift`.
+(docs/tokenizers.md); vocoders `flow` and `hift`: CosyVoice-1's, which is Step-Audio-TTS-3B's, and
+the flow of its successors (docs/vocoder.md).
 """
 
 import json
@@ -64,7 +65,7 @@ def run(
       from_speech_tokenizer: ONNX file of CosyVoice to import, alone or with the former.
       to_paraformer: folder to export the linguistic tokenizer to, its codebook included.
       to_speech_tokenizer: ONNX file to export the semantic tokenizer to.
-      from_flow, from_hift: files of CosyVoice's vocoder to import, flow.pt and hift.pt.
+      from_flow, from_hift: files of a vocoder to import, flow.pt (of either form) and hift.pt.
       to_flow, to_hift: files to export it to.
 
     Returns:
@@ -297,7 +298,7 @@ def import_parts(
     hift_file: Path | None,
 ) -> dict[str, Any]:
     """See `run`. All are read and checked before anything is written."""
-    from t5x_audio.interop import cosyvoice_flow, cosyvoice_hift, paraformer, speech_tokenizer
+    from t5x_audio.interop import cosyvoice_hift, paraformer, speech_tokenizer
     from t5x_audio.serving.model_dir import RunDirectory
     from t5x_audio.training import checkpoints
 
@@ -307,7 +308,7 @@ def import_parts(
     if onnx_file is not None:
         loaded[places.semantic_tokenizer] = speech_tokenizer.load(onnx_file)
     if flow_file is not None:
-        loaded[places.flow] = cosyvoice_flow.load(flow_file)
+        loaded[places.flow] = _load_flow(flow_file)
     if hift_file is not None:
         loaded[places.hift] = cosyvoice_hift.load(hift_file)
     summary: dict[str, Any] = {"model_dir": str(model_dir)}
@@ -333,13 +334,14 @@ def export_parts(
     hift_file: Path | None,
 ) -> dict[str, Any]:
     """See `run`."""
-    from t5x_audio.interop import cosyvoice_flow, cosyvoice_hift, paraformer, speech_tokenizer
+    from t5x_audio.interop import cosyvoice_hift, paraformer, speech_tokenizer
     from t5x_audio.serving.model_dir import RunDirectory
     from t5x_audio.tokenizers.linguistic import LinguisticTokenizer
     from t5x_audio.tokenizers.semantic import SemanticTokenizer
     from t5x_audio.training import checkpoints
     from t5x_audio.vocoder.flow import FlowMatching
     from t5x_audio.vocoder.hift import HiftGenerator
+    from t5x_audio.vocoder.paired_flow import PairedFlow
 
     places, summary = RunDirectory(model_dir), {}
     kept = places.linguistic_tokenizer / paraformer.KEPT
@@ -348,18 +350,35 @@ def export_parts(
          lambda model, path: paraformer.save(model, path, kept)),
         (places.semantic_tokenizer, SemanticTokenizer, onnx_file, "onnx_file",
          speech_tokenizer.save),
-        (places.flow, FlowMatching, flow_file, "flow_file", cosyvoice_flow.save),
+        (places.flow, (FlowMatching, PairedFlow), flow_file, "flow_file", _save_flow),
         (places.hift, HiftGenerator, hift_file, "hift_file", cosyvoice_hift.save),
     ):  # fmt: skip
         if path is None:
             continue
         model = checkpoints.load_model(place, _model_name(place, places))
         if not isinstance(model, kind):
-            raise UserError(f"{place}: holds a {type(model).__name__}, not a {kind.__name__}")
+            kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise UserError(f"{place}: holds a {type(model).__name__}, not a {kinds}")
         report = save(model, path)
         summary |= {f"{place.name}_{name}": number for name, number in report.items()}
         summary[label] = str(path)
     return summary
+
+
+def _load_flow(path: Path):
+    """A flow.pt of either form."""
+    from t5x_audio.interop import cosyvoice_flow, stepaudio2_flow, torch_file
+
+    paired = stepaudio2_flow.TABLE in torch_file.read_torch_file(path)
+    return (stepaudio2_flow if paired else cosyvoice_flow).load(path)
+
+
+def _save_flow(model, path: Path) -> dict[str, Any]:
+    from t5x_audio.interop import cosyvoice_flow, stepaudio2_flow
+    from t5x_audio.vocoder.paired_flow import PairedFlow
+
+    paired = isinstance(model, PairedFlow)
+    return (stepaudio2_flow if paired else cosyvoice_flow).save(model, path)
 
 
 def _model_name(place: Path, places) -> str:
@@ -382,7 +401,7 @@ def _add_flags(parser) -> None:
     parser.add_argument("--to_paraformer", help="folder to export the linguistic tokenizer to")
     parser.add_argument("--to_speech_tokenizer", help="ONNX file to export the semantic one to")
     for name, file in (("flow", "flow.pt"), ("hift", "hift.pt")):
-        parser.add_argument(f"--from_{name}", help=f"{file} of CosyVoice to import")
+        parser.add_argument(f"--from_{name}", help=f"{file} to import")
         parser.add_argument(f"--to_{name}", help=f"{file} to export to")
 
 

@@ -1,5 +1,7 @@
 """CosyVoice's vocoder files in and out; parity with its modules is in tests/parity."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,17 +9,31 @@ from flax import nnx
 
 from t5x_audio import convert
 from t5x_audio.errors import UserError
-from t5x_audio.interop import assembly, cosyvoice_flow, cosyvoice_hift, torch_file
+from t5x_audio.interop import (
+    assembly,
+    cosyvoice_flow,
+    cosyvoice_hift,
+    stepaudio2_flow,
+    torch_file,
+)
 from t5x_audio.training import checkpoints
 from t5x_audio.vocoder.conformer import ConformerConfig
+from t5x_audio.vocoder.dit import DitConfig
 from t5x_audio.vocoder.flow import FlowConfig
 from t5x_audio.vocoder.hift import HiftConfig
+from t5x_audio.vocoder.paired_flow import PairedFlowConfig
 from t5x_audio.vocoder.unet import UnetConfig
+from t5x_audio.vocoder.upsampling_conformer import UpsamplingConformerConfig
 
 FLOW = FlowConfig(
     codebook=20, num_mels=8, speaker_dim=6, regulator_layers=2,
     encoder=ConformerConfig(width=16, num_layers=2, num_heads=2, mlp_dim=24),
     estimator=UnetConfig((16, 24), 3, 2, 1, 64),
+)  # fmt: skip
+PAIRED = PairedFlowConfig(
+    codebook=20, linguistic_size=8, num_mels=8, speaker_dim=6,
+    encoder=UpsamplingConformerConfig(FLOW.encoder, 3, 2, 2),
+    estimator=DitConfig(16, 3, 2, 8, 24),
 )  # fmt: skip
 HIFT = HiftConfig()
 
@@ -31,16 +47,19 @@ def random_model(config):
     return model
 
 
-def test_a_flow_comes_back_and_its_sizes_are_read_off_the_file(tmp_path):
-    model = random_model(FLOW)
+@pytest.mark.parametrize(("config", "form"), [(FLOW, cosyvoice_flow), (PAIRED, stepaudio2_flow)])
+def test_a_flow_comes_back_and_its_sizes_are_read_off_the_file(tmp_path, config, form):
+    # What the file does not say.
+    told = {"linguistic_size": 8} if config is PAIRED else {}
+    model = random_model(config)
     file = tmp_path / "flow.pt"
-    cosyvoice_flow.save(model, file)
+    form.save(model, file)
     run = str(tmp_path / "run")
     report = convert.run(model_dir=run, from_flow=str(file))
     count = sum(array.size for array in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert report["flow_parameters"] == count
     read = checkpoints.load_model(f"{run}/flow")
-    assert read.config == FLOW
+    assert dataclasses.replace(read.config, **told) == config
     for name, array in assembly.arrays_of(model).items():
         np.testing.assert_array_equal(assembly.arrays_of(read)[name], array, err_msg=name)
     convert.run(model_dir=run, to_flow=str(tmp_path / "back.pt"))

@@ -10,7 +10,7 @@ models/components (modules' names and layouts).
 
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from t5x_audio.errors import UserError
@@ -90,14 +90,10 @@ def config_of(place, shapes: Mapping[str, tuple[int, ...]]) -> FlowConfig:
     """The sizes of a state dict of these shapes; UserError when what tells them is missing."""
 
     def shape(name: str) -> tuple[int, ...]:
-        if name not in shapes:
-            raise UserError(f"{place}: lacks {name}; it is no flow of CosyVoice-1")
-        return shapes[name]
+        return require_shape(place, shapes, name, "flow of CosyVoice-1")
 
     def count(prefix: str, suffix: str) -> int:
-        pattern = re.compile(re.escape(prefix) + r"(\d+)\." + re.escape(suffix))
-        found = [int(match[1]) for name in shapes if (match := pattern.fullmatch(name))]
-        return max(found, default=-1) + 1
+        return count_layers(shapes, prefix, suffix)
 
     codebook, width = shape("input_embedding.weight")
     num_mels, speaker_dim = shape("spk_embed_affine_layer.weight")
@@ -127,68 +123,99 @@ def config_of(place, shapes: Mapping[str, tuple[int, ...]]) -> FlowConfig:
     )
 
 
+def require_shape(place, shapes: Mapping[str, tuple[int, ...]], name: str, kind: str):
+    """The shape of a tensor; UserError when it is missing, so that this is no `kind`."""
+    if name not in shapes:
+        raise UserError(f"{place}: lacks {name}; it is no {kind}")
+    return shapes[name]
+
+
+def count_layers(names: Iterable[str], prefix: str, suffix: str) -> int:
+    """How many layers have a tensor `<prefix><layer>.<suffix>`."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\." + re.escape(suffix))
+    found = [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
+    return max(found, default=-1) + 1
+
+
 def tensors(config: FlowConfig) -> list[Tensor]:
     """Every tensor of a flow of this configuration."""
     width, mels = config.encoder.width, config.num_mels
     rows = [
         ("input_embedding.weight", (config.codebook, width), "embedding/embedding", None, (0, 1)),
-        *_linear("spk_embed_affine_layer", "speaker", config.speaker_dim, mels),
-        *_linear("encoder_proj", "project", width, mels),
+        *linear_rows("spk_embed_affine_layer", "speaker", config.speaker_dim, mels),
+        *linear_rows("encoder_proj", "project", width, mels),
         *_encoder(config.encoder),
         *_regulator(config),
         *_estimator(config),
     ]
-    return [_tensor(*row) for row in rows]
+    return [make_tensor(*row) for row in rows]
 
 
-def _tensor(there, shape, here, layer, axes) -> Tensor:
+# ---- rows (name there, shape, name here, layer, axes or None), for the successor's flow too ----
+
+
+def make_tensor(there, shape, here, layer, axes) -> Tensor:
+    """Of a row."""
     axes = axes or tuple(range(len(shape)))[::-1]
     return Tensor(there, shape, here, tuple(shape[axis] for axis in axes), layer, axes)
 
 
-def _linear(there, here, n_in, n_out, layer=None, bias=True) -> Iterator[tuple]:
+def linear_rows(there, here, n_in, n_out, layer=None, bias=True) -> Iterator[tuple]:
+    """A linear layer."""
     yield f"{there}.weight", (n_out, n_in), f"{here}/kernel", layer, None
     if bias:
         yield f"{there}.bias", (n_out,), f"{here}/bias", layer, None
 
 
-def _norm(there, here, size, layer=None) -> Iterator[tuple]:
+def norm_rows(there, here, size, layer=None) -> Iterator[tuple]:
+    """A layer norm or group norm."""
     yield f"{there}.weight", (size,), f"{here}/scale", layer, None
     yield f"{there}.bias", (size,), f"{here}/bias", layer, None
 
 
-def _convolution(there, here, n_in, n_out, size, layer=None) -> Iterator[tuple]:
+def convolution_rows(there, here, n_in, n_out, size, layer=None) -> Iterator[tuple]:
+    """A convolution over time."""
     yield f"{there}.weight", (n_out, n_in, size), f"{here}/kernel", layer, None
     yield f"{there}.bias", (n_out,), f"{here}/bias", layer, None
 
 
-def _encoder(config: ConformerConfig) -> Iterator[tuple]:
+def relative_block_rows(
+    there: str, here: str, config: ConformerConfig, layer: int
+) -> Iterator[tuple]:
+    """A conformer block without convolution."""
     width, heads = config.width, (config.num_heads, config.width // config.num_heads)
-    yield from _linear("encoder.embed.out.0", "encoder/embed", width, width)
-    yield from _norm("encoder.embed.out.1", "encoder/embed_norm", width)
-    yield from _norm("encoder.after_norm", "encoder/final_norm", width)
+    attention, ours = f"{there}.self_attn", f"{here}/attention"
+    for name, part in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
+        yield from linear_rows(f"{attention}.linear_{name}", f"{ours}/{part}", width, width, layer)
+    position = f"{ours}/position"
+    yield from linear_rows(f"{attention}.linear_pos", position, width, width, layer, bias=False)
+    yield f"{attention}.pos_bias_u", heads, f"{ours}/content_bias", layer, (0, 1)
+    yield f"{attention}.pos_bias_v", heads, f"{ours}/position_bias", layer, (0, 1)
+    up, down = f"{there}.feed_forward.w_1", f"{there}.feed_forward.w_2"
+    yield from linear_rows(up, f"{here}/up", width, config.mlp_dim, layer)
+    yield from linear_rows(down, f"{here}/down", config.mlp_dim, width, layer)
+    yield from norm_rows(f"{there}.norm_mha", f"{here}/attention_norm", width, layer)
+    yield from norm_rows(f"{there}.norm_ff", f"{here}/mlp_norm", width, layer)
+
+
+def _encoder(config: ConformerConfig) -> Iterator[tuple]:
+    width = config.width
+    yield from linear_rows("encoder.embed.out.0", "encoder/embed", width, width)
+    yield from norm_rows("encoder.embed.out.1", "encoder/embed_norm", width)
+    yield from norm_rows("encoder.after_norm", "encoder/final_norm", width)
     for layer in range(config.num_layers):
-        there, here = f"encoder.encoders.{layer}", "encoder/layers"
-        attention, ours = f"{there}.self_attn", f"{here}/attention"
-        for name, part in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
-            yield from _linear(f"{attention}.linear_{name}", f"{ours}/{part}", width, width, layer)
-        position = f"{ours}/position"
-        yield from _linear(f"{attention}.linear_pos", position, width, width, layer, bias=False)
-        yield f"{attention}.pos_bias_u", heads, f"{ours}/content_bias", layer, (0, 1)
-        yield f"{attention}.pos_bias_v", heads, f"{ours}/position_bias", layer, (0, 1)
-        yield from _linear(f"{there}.feed_forward.w_1", f"{here}/up", width, config.mlp_dim, layer)
-        down = f"{here}/down"
-        yield from _linear(f"{there}.feed_forward.w_2", down, config.mlp_dim, width, layer)
-        yield from _norm(f"{there}.norm_mha", f"{here}/attention_norm", width, layer)
-        yield from _norm(f"{there}.norm_ff", f"{here}/mlp_norm", width, layer)
+        name = f"encoder.encoders.{layer}"
+        yield from relative_block_rows(name, "encoder/layers", config, layer)
 
 
 def _regulator(config: FlowConfig) -> Iterator[tuple]:
     mels, there = config.num_mels, "length_regulator.model"
     for i in range(config.regulator_layers):
-        yield from _convolution(f"{there}.{3 * i}", f"regulator/convolutions/{i}", mels, mels, 3)
-        yield from _norm(f"{there}.{3 * i + 1}", f"regulator/norms/{i}", mels)
-    yield from _convolution(
+        yield from convolution_rows(
+            f"{there}.{3 * i}", f"regulator/convolutions/{i}", mels, mels, 3
+        )
+        yield from norm_rows(f"{there}.{3 * i + 1}", f"regulator/norms/{i}", mels)
+    yield from convolution_rows(
         f"{there}.{3 * config.regulator_layers}", "regulator/out", mels, mels, 1
     )
 
@@ -197,14 +224,14 @@ def _estimator(config: FlowConfig) -> Iterator[tuple]:
     there, unet, mels = "decoder.estimator", config.estimator, config.num_mels
     channels, n_in = unet.channels, 4 * mels
     time_dim = 4 * channels[0]
-    yield from _linear(f"{there}.time_mlp.linear_1", "estimator/time_in", n_in, time_dim)
-    yield from _linear(f"{there}.time_mlp.linear_2", "estimator/time_out", time_dim, time_dim)
+    yield from linear_rows(f"{there}.time_mlp.linear_1", "estimator/time_in", n_in, time_dim)
+    yield from linear_rows(f"{there}.time_mlp.linear_2", "estimator/time_out", time_dim, time_dim)
     last = len(channels) - 1
     for i, (before, after) in enumerate(zip((n_in, *channels), channels, strict=False)):
         name = f"{there}.down_blocks.{i}"
         yield from _stage(name, f"estimator/down/{i}", before, after, unet)
         halved = f"{name}.2.conv" if i < last else f"{name}.2"
-        yield from _convolution(halved, f"estimator/down_convs/{i}", after, after, 3)
+        yield from convolution_rows(halved, f"estimator/down_convs/{i}", after, after, 3)
     for i in range(unet.num_mid_stages):
         name = f"{there}.mid_blocks.{i}"
         yield from _stage(name, "estimator/mid", channels[-1], channels[-1], unet, i)
@@ -216,12 +243,12 @@ def _estimator(config: FlowConfig) -> Iterator[tuple]:
             yield f"{name}.2.conv.weight", (after, after, 4), f"{ours}/kernel", None, _TRANSPOSED
             yield f"{name}.2.conv.bias", (after,), f"{ours}/bias", None, None
         else:
-            yield from _convolution(f"{name}.2", ours, after, after, 3)
-    yield from _convolution(
+            yield from convolution_rows(f"{name}.2", ours, after, after, 3)
+    yield from convolution_rows(
         f"{there}.final_block.block.0", "estimator/final/conv", up[-1], up[-1], 3
     )
-    yield from _norm(f"{there}.final_block.block.1", "estimator/final/norm", up[-1])
-    yield from _convolution(f"{there}.final_proj", "estimator/project", up[-1], mels, 1)
+    yield from norm_rows(f"{there}.final_block.block.1", "estimator/final/norm", up[-1])
+    yield from convolution_rows(f"{there}.final_proj", "estimator/project", up[-1], mels, 1)
 
 
 def _stage(there, here, n_in, n_out, unet: UnetConfig, layer=None) -> Iterator[tuple]:
@@ -229,19 +256,19 @@ def _stage(there, here, n_in, n_out, unet: UnetConfig, layer=None) -> Iterator[t
     residual, ours = f"{there}.0", f"{here}/residual"
     for block, part, size in (("block1", "first", n_in), ("block2", "second", n_out)):
         name = f"{residual}.{block}.block"
-        yield from _convolution(f"{name}.0", f"{ours}/{part}/conv", size, n_out, 3, layer)
-        yield from _norm(f"{name}.1", f"{ours}/{part}/norm", n_out, layer)
+        yield from convolution_rows(f"{name}.0", f"{ours}/{part}/conv", size, n_out, 3, layer)
+        yield from norm_rows(f"{name}.1", f"{ours}/{part}/norm", n_out, layer)
     time_dim = 4 * unet.channels[0]
-    yield from _linear(f"{residual}.mlp.1", f"{ours}/time", time_dim, n_out, layer)
-    yield from _convolution(f"{residual}.res_conv", f"{ours}/skip", n_in, n_out, 1, layer)
+    yield from linear_rows(f"{residual}.mlp.1", f"{ours}/time", time_dim, n_out, layer)
+    yield from convolution_rows(f"{residual}.res_conv", f"{ours}/skip", n_in, n_out, 1, layer)
     inner, blocks = unet.num_heads * unet.head_dim, f"{here}/blocks"
     for i in range(unet.num_blocks):
         name, index = f"{there}.1.{i}", i if layer is None else (layer, i)
-        yield from _norm(f"{name}.norm1", f"{blocks}/attention_norm", n_out, index)
+        yield from norm_rows(f"{name}.norm1", f"{blocks}/attention_norm", n_out, index)
         for letter, part in (("q", "query"), ("k", "key"), ("v", "value")):
             query = f"{name}.attn1.to_{letter}"
-            yield from _linear(query, f"{blocks}/{part}", n_out, inner, index, bias=False)
-        yield from _linear(f"{name}.attn1.to_out.0", f"{blocks}/out", inner, n_out, index)
-        yield from _norm(f"{name}.norm3", f"{blocks}/mlp_norm", n_out, index)
-        yield from _linear(f"{name}.ff.net.0.proj", f"{blocks}/up", n_out, 4 * n_out, index)
-        yield from _linear(f"{name}.ff.net.2", f"{blocks}/down", 4 * n_out, n_out, index)
+            yield from linear_rows(query, f"{blocks}/{part}", n_out, inner, index, bias=False)
+        yield from linear_rows(f"{name}.attn1.to_out.0", f"{blocks}/out", inner, n_out, index)
+        yield from norm_rows(f"{name}.norm3", f"{blocks}/mlp_norm", n_out, index)
+        yield from linear_rows(f"{name}.ff.net.0.proj", f"{blocks}/up", n_out, 4 * n_out, index)
+        yield from linear_rows(f"{name}.ff.net.2", f"{blocks}/down", 4 * n_out, n_out, index)

@@ -180,8 +180,7 @@ class FlowMatching(nnx.Module):
         x = self.embedding(jnp.clip(codes, 0, config.codebook - 1)) * code_mask
         x = self.project(self.encoder(x, code_mask, rng))
         mu = self.regulator(x, code_lengths, lengths, size, mask, prompts, edges)
-        norm = jnp.linalg.norm(speaker_embedding, axis=-1, keepdims=True)
-        speaker = self.speaker(speaker_embedding / jnp.maximum(norm, 1e-12))
+        speaker = self.speaker(normalised(speaker_embedding))
         return Conditions(mu, speaker, prompt, mask, jnp.ones(codes.shape[0]))
 
     def velocity(self, x: jax.Array, time: jax.Array, conditions: Conditions) -> jax.Array:
@@ -207,24 +206,36 @@ class FlowMatching(nnx.Module):
         Returns:
           float32 [B, F, num_mels] log-mel, prompt frames included; padded frames are 0.
         """
-        config = self.config
-        batch = noise.shape[0]
-        none = conditions.keep(jnp.zeros(batch))
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), conditions, none)
-        times = 1.0 - np.cos(np.linspace(0.0, 1.0, config.num_steps + 1) * 0.5 * np.pi)
+        return solve(self, conditions, noise)
 
-        def euler(x, interval):
-            start, end = interval
-            time = jnp.full((2 * batch,), start)
-            velocity = self.velocity(jnp.concatenate([x, x]), time, both)
-            guided = (1.0 + config.guidance) * velocity[:batch]
-            guided = guided - config.guidance * velocity[batch:]
-            return x + (end - start) * guided, None
 
-        steps = jnp.asarray(np.stack([times[:-1], times[1:]], axis=1), jnp.float32)
-        start = config.temperature * noise.astype(jnp.float32)
-        x, _ = jax.lax.scan(euler, start, steps)
-        return (x * config.mel_std + config.mel_mean) * conditions.mask
+def normalised(embedding: jax.Array) -> jax.Array:
+    """[..., D] at length 1."""
+    return embedding / jnp.maximum(jnp.linalg.norm(embedding, axis=-1, keepdims=True), 1e-12)
+
+
+def solve(model, conditions: Conditions, noise: jax.Array) -> jax.Array:
+    """Euler steps on cosine times with guidance; see `FlowMatching.sample`.
+
+    `model` has `velocity` and, in its config, guidance, temperature, num_steps and the mel's scale.
+    """
+    config, batch = model.config, noise.shape[0]
+    none = conditions.keep(jnp.zeros(batch))
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), conditions, none)
+    times = 1.0 - np.cos(np.linspace(0.0, 1.0, config.num_steps + 1) * 0.5 * np.pi)
+
+    def euler(x, interval):
+        start, end = interval
+        time = jnp.full((2 * batch,), start)
+        velocity = model.velocity(jnp.concatenate([x, x]), time, both)
+        guided = (1.0 + config.guidance) * velocity[:batch]
+        guided = guided - config.guidance * velocity[batch:]
+        return x + (end - start) * guided, None
+
+    steps = jnp.asarray(np.stack([times[:-1], times[1:]], axis=1), jnp.float32)
+    start = config.temperature * noise.astype(jnp.float32)
+    x, _ = jax.lax.scan(euler, start, steps)
+    return (x * config.mel_std + config.mel_mean) * conditions.mask
 
 
 def noise_share(time: jax.Array, residual_std: jax.Array) -> jax.Array:

@@ -1,10 +1,12 @@
-"""CosyVoice's own modules, at the sizes of its first release, with random weights.
+"""CosyVoice's and Step-Audio 2's own vocoder modules at their published sizes, random weights.
 
-The wheel cosyvoice-minicpmo carries CosyVoice and Matcha-TTS (Apache-2.0, MIT) as they are. What
-their packages import besides models (recognisers, servers, experiment tools) is left out.
+The wheel cosyvoice-minicpmo carries CosyVoice and Matcha-TTS (Apache-2.0, MIT) as they are,
+token2wav-cosyvoice-stepaudio2 (Apache-2.0) Step-Audio 2's flow. What their packages import besides
+models (recognisers, servers, experiment tools) is left out.
 """
 
 import importlib
+import importlib.util
 import logging
 import sys
 import types
@@ -36,6 +38,17 @@ sys.modules.update({name: _module(name, **attributes) for name, attributes in _a
 _found = {name: importlib.import_module(f"cosyvoice.{name}") for name in _NAMES}
 for _name in _absent:
     del sys.modules[_name]
+
+# Its __init__ imports recordings' tools; an empty package in its place finds the modules.
+_place = importlib.util.find_spec("stepaudio2").submodule_search_locations
+sys.modules["stepaudio2"] = _module("stepaudio2")
+sys.modules["stepaudio2"].__path__ = _place
+_successor = {
+    name: importlib.import_module(f"stepaudio2.cosyvoice2.{name}")
+    for name in (
+        "flow.flow", "flow.flow_matching", "flow.decoder_dit", "transformer.upsample_encoder_v2",
+    )
+}  # fmt: skip
 
 # Theirs refuses float64.
 _found["flow.decoder"].mask_to_bias = lambda mask, dtype: (1.0 - mask.to(dtype)) * -1.0e10
@@ -87,3 +100,29 @@ def hift() -> torch.nn.Module:
     torch.manual_seed(0)
     predictor = _found["hifigan.f0_predictor"].ConvRNNF0Predictor()
     return shaken(generator.HiFTGenerator(f0_predictor=predictor))
+
+
+class DualCodebookEmbedding(torch.nn.Module):
+    """EditX's table of pairs [B, T, 2] -> [B, T, 2 * width]."""
+
+    def __init__(self, rows: int, width: int):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(rows, width)
+
+    def forward(self, pairs):
+        return self.embedding(pairs).flatten(-2)
+
+
+def paired_flow() -> torch.nn.Module:
+    """Step-Audio 2 mini's flow with EditX's table of paired codes."""
+    torch.manual_seed(0)
+    encoder = _successor["transformer.upsample_encoder_v2"].UpsampleConformerEncoderV2(
+        512, 512, attention_heads=8
+    )
+    estimator = _successor["flow.decoder_dit"].DiT(320, 80, depth=16, hidden_size=512)
+    decoder = _successor["flow.flow_matching"].CausalConditionalCFM(estimator)
+    decoder.att_cache_buffer = decoder.cnn_cache_buffer = None  # of streams; gigabytes
+    model = _successor["flow.flow"].CausalMaskedDiffWithXvec(
+        encoder=encoder, decoder=decoder, input_embedding=DualCodebookEmbedding(5121, 256)
+    )
+    return shaken(model)
