@@ -45,8 +45,8 @@ def cache(flags) -> None:
     )
 
 
-def train(flags, task: str, seed: int) -> dict[str, float]:
-    """{stream: lowest held-out perplexity} of a model that learns one task."""
+def train(flags, task: str, seed: int) -> dict[str, tuple[float, int]]:
+    """{stream: lowest held-out perplexity and its step} of a model that learns one task."""
     folder = flags.run_dir / "merged_streams" / f"{task}-{seed}"
     _job(
         "train",
@@ -66,7 +66,8 @@ def train(flags, task: str, seed: int) -> dict[str, float]:
     lines = [line for line in read_metrics(folder) if line["split"] == "validation"]
     found = {}
     for stream in ALONE:
-        values = [line[f"perplexity_{stream}"] for line in lines if f"perplexity_{stream}" in line]
+        name = f"perplexity_{stream}"
+        values = [(line[name], line["step"]) for line in lines if name in line]
         if values:
             found[stream] = min(values)
     return found
@@ -84,7 +85,8 @@ def page(results: dict[str, list[dict]], flags) -> str:
     for stream, task in ALONE.items():
         merged = [one[stream] for one in results["continuation"]]
         alone = [one[stream] for one in results[task]]
-        change = statistics.mean(m / a - 1 for m, a in zip(merged, alone, strict=True))
+        pairs = zip(merged, alone, strict=True)
+        change = statistics.mean(m[0] / a[0] - 1 for m, a in pairs)
         rows.append((stream, _spread(alone), _spread(merged), f"{100 * change:+.1f} %"))
     table = summary.Table("", ("stream", "alone", "merged", "change"), tuple(rows))
     command = f"python benchmarks/merged_streams.py {' '.join(sys.argv[1:])}"
@@ -95,14 +97,18 @@ def page(results: dict[str, list[dict]], flags) -> str:
             f"Made by `{command}` (seeds 0 to {flags.seeds - 1}; {where}; "
             f"jax {importlib.metadata.version('jax')}).",
             f"Lowest held-out perplexity in {flags.steps} steps of {flags.rows} rows of "
-            f"{flags.seconds:g} s; mean over the seeds and, in brackets, the range.",
+            f"{flags.seconds:g} s; mean over the seeds and, in brackets, the range and the steps "
+            "at which it was met. Where that is the last step, the model had not learnt all it "
+            "could, and the comparison says how fast it learns, not how much.",
             summary.table_markdown(table),
         )
     )
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+def _spread(found: list[tuple[float, int]]) -> str:
+    values, steps = zip(*found, strict=True)
+    spread = f"{min(values):.1f} to {max(values):.1f}, step {min(steps)} to {max(steps)}"
+    return f"{statistics.mean(values):.1f} ({spread})"
 
 
 def main() -> None:
