@@ -218,8 +218,8 @@ def test_a_missing_file_of_several_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ({}, "one of --from_hf=FOLDER, --from_gguf"),
-        ({"from_hf": "a", "to_hf": "b"}, "one of --from_hf=FOLDER, --from_gguf"),
+        ({}, "give --from_hf=FOLDER, --from_gguf"),
+        ({"from_hf": "a", "to_hf": "b"}, "give --from_hf=FOLDER, --from_gguf"),
         ({"from_hf": "a", "dtype": "bfloat16"}, "--dtype=bfloat16: for --to_hf only"),
         ({"to_hf": "b", "dtype": "int8"}, "--dtype=int8: for --to_hf only, one of bfloat16"),
     ],

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from t5x_audio.vocoder import dit
 
@@ -48,12 +46,10 @@ def streamed(model, x, chunks, prompt_frames, capacity):
     return np.concatenate(made, axis=1)
 
 
-@settings(max_examples=10, deadline=None)
-@given(
-    chunks=st.lists(st.sampled_from([1, 3, 5, 8]), min_size=1, max_size=6),
-    prompt_frames=st.sampled_from([0, 4]),
+@pytest.mark.parametrize(
+    ("prompt_frames", "chunks"), [(0, [3, 1, 8, 5, 5]), (4, [5, 3, 8, 1, 5]), (4, [8])]
 )
-def test_a_stream_gives_what_the_whole_gives(model, chunks, prompt_frames):
+def test_a_stream_gives_what_the_whole_gives(model, prompt_frames, chunks):
     chunks = ([prompt_frames] if prompt_frames else []) + chunks
     x = frames(sum(chunks), batch=2)
     want = whole(model, x, chunks, prompt_frames)
