@@ -89,11 +89,12 @@ def launch(
     except UserError as error:
         return _fail(str(error).split("\n")[0])
     except KeyboardInterrupt as interrupt:
-        if isinstance(interrupt, Abandoned):
+        abandoned = isinstance(interrupt, Abandoned)
+        if abandoned:
             threading.excepthook = lambda _: None  # they complain of what they are losing
         where = str(interrupt).split("\n")[0]
         print(f"interrupted{': ' * bool(where)}{where}; start again to continue", file=sys.stderr)
-        if isinstance(interrupt, Abandoned):
+        if abandoned:
             sys.stderr.flush()
             os._exit(130)
         return 130

@@ -4,6 +4,7 @@ For models that fit into memory; the backbones' tensors pass one at a time (`hug
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from t5x_audio.errors import UserError
+from t5x_audio.interop import torch_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,21 @@ def build(config, arrays: Mapping[str, np.ndarray]) -> nnx.Module:
         raise ValueError(f"no parameter is named {sorted(unset)[0]}")
     nnx.update(model, state)
     return model
+
+
+def load_torch(path, config, wanted: Sequence[Tensor], weights: Mapping[str, np.ndarray]):
+    """(the model of a PyTorch file with these tensors, its `report`); see `require_tensors`."""
+    require_tensors(path, wanted, {name: tuple(array.shape) for name, array in weights.items()})
+    return build(config, to_ours(wanted, weights)), report(wanted)
+
+
+def save_torch(model: nnx.Module, path: pathlib.Path, wanted: Sequence[Tensor]) -> dict[str, Any]:
+    """Writes these tensors of a model; its `report`. UserError if the file is there already."""
+    if path.exists():
+        raise UserError(f"{path}: is there already; give another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch_file.write_torch_file(path, from_ours(wanted, arrays_of(model)))
+    return report(wanted)
 
 
 def arrays_of(model: nnx.Module) -> dict[str, np.ndarray]:

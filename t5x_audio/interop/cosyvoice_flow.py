@@ -38,12 +38,8 @@ def load(path: pathlib.Path) -> tuple[FlowMatching, dict[str, Any]]:
         shape.
     """
     weights = torch_file.read_torch_file(path)
-    shapes = {name: tuple(array.shape) for name, array in weights.items()}
-    config = config_of(path, shapes)
-    wanted = tensors(config)
-    assembly.require_tensors(path, wanted, shapes)
-    model = assembly.build(config, assembly.to_ours(wanted, weights))
-    return model, assembly.report(wanted)
+    config = config_of(path, {name: tuple(array.shape) for name, array in weights.items()})
+    return assembly.load_torch(path, config, tensors(config), weights)
 
 
 def save(model: FlowMatching, path: pathlib.Path) -> dict[str, Any]:
@@ -59,13 +55,8 @@ def save(model: FlowMatching, path: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: the file is there already, or the model has parts or scales that the file has not.
     """
-    if path.exists():
-        raise UserError(f"{path}: is there already; give another name")
     require_published_form(model.config)
-    wanted = tensors(model.config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch_file.write_torch_file(path, assembly.from_ours(wanted, assembly.arrays_of(model)))
-    return assembly.report(wanted)
+    return assembly.save_torch(model, path, tensors(model.config))
 
 
 def require_published_form(config: FlowConfig) -> None:

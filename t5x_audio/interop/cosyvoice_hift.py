@@ -9,7 +9,7 @@ Source: CosyVoice's hifigan/generator.py and hifigan/f0_predictor.py (names and 
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from t5x_audio.errors import UserError
@@ -43,10 +43,7 @@ def load(
     """
     config = config or HiftConfig()
     weights = {_newer(name): a for name, a in torch_file.read_torch_file(path).items()}
-    wanted = tensors(config)
-    assembly.require_tensors(path, wanted, _shapes(weights))
-    model = assembly.build(config, assembly.to_ours(wanted, weights))
-    return model, assembly.report(wanted)
+    return assembly.load_torch(path, config, tensors(config), weights)
 
 
 def save(model: HiftGenerator, path: pathlib.Path) -> dict[str, Any]:
@@ -62,16 +59,11 @@ def save(model: HiftGenerator, path: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: the file is there already, or the model works otherwise than the published one.
     """
-    if path.exists():
-        raise UserError(f"{path}: is there already; give another name")
     config = model.config
     for name, value in (("filters_source", False), ("phase_range", 1.0), ("random_phase", True)):
         if getattr(config, name) != value:
             raise UserError(f"hift: {name} is {getattr(config, name)}; a hift.pt has {value}")
-    wanted = tensors(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch_file.write_torch_file(path, assembly.from_ours(wanted, assembly.arrays_of(model)))
-    return assembly.report(wanted)
+    return assembly.save_torch(model, path, tensors(config))
 
 
 def tensors(config: HiftConfig) -> list[Tensor]:
@@ -137,7 +129,3 @@ def _newer(name: str) -> str:
     for older, newer in _OLDER:
         name = older.sub(newer, name)
     return name
-
-
-def _shapes(weights: Mapping) -> dict[str, tuple]:
-    return {name: tuple(array.shape) for name, array in weights.items()}

@@ -44,11 +44,8 @@ def load(path: pathlib.Path) -> tuple[PairedFlow, dict[str, Any]]:
         shape.
     """
     weights = torch_file.read_torch_file(path)
-    shapes = {name: tuple(array.shape) for name, array in weights.items()}
-    wanted = tensors(config := config_of(path, shapes))
-    assembly.require_tensors(path, wanted, shapes)
-    model = assembly.build(config, assembly.to_ours(wanted, weights))
-    return model, assembly.report(wanted)
+    config = config_of(path, {name: tuple(array.shape) for name, array in weights.items()})
+    return assembly.load_torch(path, config, tensors(config), weights)
 
 
 def save(model: PairedFlow, path: pathlib.Path) -> dict[str, Any]:
@@ -64,17 +61,12 @@ def save(model: PairedFlow, path: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: the file is there already, or the model has scales that the file has not.
     """
-    if path.exists():
-        raise UserError(f"{path}: is there already; give another name")
     config = model.config
     if (config.mel_mean, config.mel_std) != (0.0, 1.0):
         raise UserError("flow: its mels are standardised; a flow.pt has mel_mean 0, mel_std 1")
     if config.encoder.blocks.convolution_kernel is not None:
         raise UserError("flow: encoder.convolution_kernel is set; a flow.pt has no convolution")
-    wanted = tensors(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch_file.write_torch_file(path, assembly.from_ours(wanted, assembly.arrays_of(model)))
-    return assembly.report(wanted)
+    return assembly.save_torch(model, path, tensors(config))
 
 
 def config_of(place, shapes: Mapping[str, tuple[int, ...]]) -> PairedFlowConfig:

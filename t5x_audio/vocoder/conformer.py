@@ -167,16 +167,38 @@ class ConformerBlock(nnx.Module):
         return x + dropout(self.down(y), rate, keys[2])
 
 
-class Conformer(nnx.Module):
-    """The encoder: [B, T, width] -> [B, T, width], one output for each code."""
+class ConformerPart(nnx.Module):
+    """Linear and layer norm, scaled by sqrt(width), in front of `num_layers` blocks."""
 
-    def __init__(self, config: ConformerConfig, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ConformerConfig, num_layers: int, rngs: nnx.Rngs):
+        self.config, self.num_layers = config, num_layers
         self.embed = linear(
             config.width, config.width, (None, "embed"), dtype=config.dtype, rngs=rngs
         )
         self.embed_norm = layer_norm(config.width, 1e-5, rngs)
-        self.layers = stack(lambda r: ConformerBlock(config, r), config.num_layers, rngs)
+        self.layers = stack(lambda r: ConformerBlock(config, r), num_layers, rngs)
+
+    def start(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+        """[B, T, width] -> what goes to the blocks, float32; `rng` of dropout or None."""
+        x = self.embed_norm(self.embed(x)) * self.config.width**0.5
+        return dropout(x, self.config.dropout, rng)
+
+    def run(self, x: jax.Array, mask: jax.Array, rng: jax.Array | None) -> jax.Array:
+        """The blocks, on [B, T, width] with mask float32 [B, T, 1]; `rng` of dropout or None."""
+        config, keys = self.config, None
+        positions = jnp.asarray(relative_positions(x.shape[1], config.width), config.dtype)
+        if rng is not None:
+            rng, position_rng = jax.random.split(rng)
+            positions = dropout(positions, config.dropout, position_rng)
+            keys = jax.random.split(rng, self.num_layers)
+        return run_stack(self.layers, lambda block, x, key: block(x, positions, mask, key), x, keys)
+
+
+class Conformer(ConformerPart):
+    """The encoder: [B, T, width] -> [B, T, width], one output for each code."""
+
+    def __init__(self, config: ConformerConfig, rngs: nnx.Rngs):
+        super().__init__(config, config.num_layers, rngs)
         self.final_norm = layer_norm(config.width, 1e-5, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array, rng: jax.Array | None = None) -> jax.Array:
@@ -190,20 +212,5 @@ class Conformer(nnx.Module):
         Returns:
           float32 [B, T, width]; padded positions are 0.
         """
-        config = self.config
-        dtype = jnp.dtype(config.dtype)
-        positions = jnp.asarray(relative_positions(x.shape[1], config.width), dtype)
-        keys = None
-        if rng is not None:
-            rng, position_rng, input_rng = jax.random.split(rng, 3)
-            positions = dropout(positions, config.dropout, position_rng)
-            keys = jax.random.split(rng, config.num_layers)
-        x = self.embed_norm(self.embed(x)) * config.width**0.5
-        if rng is not None:
-            x = dropout(x, config.dropout, input_rng)
-
-        def call(block, x, key):
-            return block(x, positions, mask, key)
-
-        x = run_stack(self.layers, call, x, keys)
-        return self.final_norm(x) * mask
+        keys = (None, None) if rng is None else jax.random.split(rng)
+        return self.final_norm(self.run(self.start(x, keys[0]), mask, keys[1])) * mask

@@ -116,6 +116,11 @@ class Conditions:
             self.kept * kept,
         )
 
+    def beside(self, x: jax.Array) -> jax.Array:
+        """The estimator's input: x [B, F, M], mu, speaker and prompt, [B, F, 4 M]."""
+        speaker = jnp.broadcast_to(self.speaker[:, None], x.shape) * self.mask
+        return jnp.concatenate([x * self.mask, self.mu, speaker, self.prompt], axis=-1)
+
 
 class FlowMatching(nnx.Module):
     """Codes and speaker to mel, by an ordinary differential equation."""
@@ -186,9 +191,7 @@ class FlowMatching(nnx.Module):
     def velocity(self, x: jax.Array, time: jax.Array, conditions: Conditions) -> jax.Array:
         """d x / d t of the flow: x float32 [B, F, M], time float32 [B] -> float32 [B, F, M]."""
         c = conditions
-        speaker = jnp.broadcast_to(c.speaker[:, None], x.shape) * c.mask
-        dtype = jnp.dtype(self.config.estimator.dtype)
-        joined = jnp.concatenate([x * c.mask, c.mu, speaker, c.prompt], axis=-1).astype(dtype)
+        joined = c.beside(x).astype(self.config.estimator.dtype)
         velocity = self.estimator(joined, c.mask, time)
         if self.config.residual_std is None:
             return velocity

@@ -125,11 +125,8 @@ class PairedFlow(nnx.Module):
 
         `bias`: of the estimator.
         """
-        c = conditions
-        speaker = jnp.broadcast_to(c.speaker[:, None], x.shape) * c.mask
-        dtype = jnp.dtype(self.config.estimator.dtype)
-        joined = jnp.concatenate([x * c.mask, c.mu, speaker, c.prompt], axis=-1).astype(dtype)
-        return self.estimator(joined, c.mask, time, bias)
+        joined = conditions.beside(x).astype(self.config.estimator.dtype)
+        return self.estimator(joined, conditions.mask, time, bias)
 
     def sample(self, conditions: Conditions, noise: jax.Array) -> jax.Array:
         """Solves the flow from noise; see `FlowMatching.sample`."""

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_audio.vocoder.conformer import ConformerBlock, ConformerConfig, relative_positions
+from t5x_audio.vocoder.conformer import ConformerConfig, ConformerPart
 from t5x_audio.vocoder.convolution import Convolution
-from t5x_audio.vocoder.layers import dropout, layer_norm, linear, run_stack, stack
+from t5x_audio.vocoder.layers import layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,34 +44,6 @@ class UpsamplingConformerConfig:
         return UpsamplingConformer(self, rngs)
 
 
-class Part(nnx.Module):
-    """Linear and layer norm, scaled by sqrt(width), in front of conformer blocks."""
-
-    def __init__(self, config: ConformerConfig, num_layers: int, rngs: nnx.Rngs):
-        self.config = config
-        self.embed = linear(
-            config.width, config.width, (None, "embed"), dtype=config.dtype, rngs=rngs
-        )
-        self.embed_norm = layer_norm(config.width, 1e-5, rngs)
-        self.layers = stack(lambda r: ConformerBlock(config, r), num_layers, rngs)
-
-    def start(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """[B, T, width] -> what goes to the blocks, float32."""
-        x = self.embed_norm(self.embed(x)) * self.config.width**0.5
-        return dropout(x, self.config.dropout, rng)
-
-    def run(self, x: jax.Array, mask: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """The blocks, on [B, T, width] with mask float32 [B, T, 1]."""
-        config, keys = self.config, None
-        positions = jnp.asarray(relative_positions(x.shape[1], config.width), config.dtype)
-        if rng is not None:
-            rng, position_rng = jax.random.split(rng)
-            positions = dropout(positions, config.dropout, position_rng)
-            depth = jax.tree.leaves(nnx.state(self.layers))[0].shape[0]
-            keys = jax.random.split(rng, depth)
-        return run_stack(self.layers, lambda block, x, key: block(x, positions, mask, key), x, keys)
-
-
 class UpsamplingConformer(nnx.Module):
     """The encoder: [B, T, width] -> [B, up_factor * T, width]."""
 
@@ -79,11 +51,11 @@ class UpsamplingConformer(nnx.Module):
         self.config = config
         width, dtype = config.width, config.blocks.dtype
         kind = {"padding": 0, "dtype": dtype, "rngs": rngs}
-        self.low = Part(config.blocks, config.blocks.num_layers, rngs)
+        self.low = ConformerPart(config.blocks, config.blocks.num_layers, rngs)
         self.ahead = Convolution(width, width, config.look_ahead + 1, **kind)
         self.back = Convolution(width, width, 3, **kind)
         self.up = Convolution(width, width, 2 * config.up_factor + 1, **kind)
-        self.high = Part(config.blocks, config.num_up_layers, rngs)
+        self.high = ConformerPart(config.blocks, config.num_up_layers, rngs)
         self.final_norm = layer_norm(width, 1e-5, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array, rng: jax.Array | None = None) -> jax.Array:
