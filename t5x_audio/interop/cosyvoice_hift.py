@@ -1,21 +1,24 @@
-"""CosyVoice-1's HiFT generator from and to `hift.pt`, the form of Step-Audio-TTS-3B.
+"""CosyVoice's HiFT generator from and to `hift.pt`: at 22.05 kHz Step-Audio-TTS-3B's, at 24 kHz
+that of its successors.
 
 A state dict of PyTorch with weight norm, under either of PyTorch's names for its two factors; it is
-written under the newer. Sizes of the source and the iSTFT that no tensor tells are the published
-ones, or those of a given configuration. Every name and shape is compared before anything is made.
+written under the newer. The number of up-sampling stages tells the two forms apart; sizes of the
+source and the iSTFT that no tensor tells are the published ones, or those of a given configuration.
+Every name and shape is compared before anything is made.
 Source: CosyVoice's hifigan/generator.py and hifigan/f0_predictor.py (names and layouts).
 """
 
 import math
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from t5x_audio.errors import UserError
 from t5x_audio.interop import assembly, torch_file
 from t5x_audio.interop.assembly import Tensor
-from t5x_audio.vocoder.hift import HiftConfig, HiftGenerator
+from t5x_audio.interop.cosyvoice_flow import count_layers
+from t5x_audio.vocoder.hift import HIFT_24K, HiftConfig, HiftGenerator
 
 _SCALE, _DIRECTION = (f"parametrizations.weight.original{i}" for i in (0, 1))
 _OLDER = (
@@ -32,7 +35,7 @@ def load(
 
     Args:
       path: of hift.pt.
-      config: its sizes; None = those of the release.
+      config: its sizes; None = those of the release that has as many stages.
 
     Returns:
       (the generator, {'tensors', 'parameters'}: how many were read).
@@ -41,9 +44,15 @@ def load(
       UserError: the file is missing or damaged, or a tensor is missing, unknown or of another
         shape.
     """
-    config = config or HiftConfig()
     weights = {_newer(name): a for name, a in torch_file.read_torch_file(path).items()}
+    config = config or published(weights)
     return assembly.load_torch(path, config, tensors(config), weights)
+
+
+def published(names: Iterable[str]) -> HiftConfig:
+    """Of the published forms the one that tensors of these (newer) names belong to."""
+    stages = count_layers(names, "ups.", "bias")
+    return HIFT_24K if stages == len(HIFT_24K.upsample_rates) else HiftConfig()
 
 
 def save(model: HiftGenerator, path: pathlib.Path) -> dict[str, Any]:
@@ -60,9 +69,11 @@ def save(model: HiftGenerator, path: pathlib.Path) -> dict[str, Any]:
       UserError: the file is there already, or the model works otherwise than the published one.
     """
     config = model.config
-    for name, value in (("filters_source", False), ("phase_range", 1.0), ("random_phase", True)):
-        if getattr(config, name) != value:
-            raise UserError(f"hift: {name} is {getattr(config, name)}; a hift.pt has {value}")
+    form = HIFT_24K if config.sample_rate == HIFT_24K.sample_rate else HiftConfig()
+    for name in ("filters_source", "phase_range", "random_phase", "source_phase"):
+        ours, theirs = getattr(config, name), getattr(form, name)
+        if ours != theirs:
+            raise UserError(f"hift: {name} is {ours}; a hift.pt has {theirs}")
     return assembly.save_torch(model, path, tensors(config))
 
 
@@ -126,6 +137,7 @@ def _plain(there: str, here: str, shape: tuple) -> Iterator[Tensor]:
 
 
 def _newer(name: str) -> str:
+    name = name.removeprefix("generator.")  # as it is trained, and as Step-Audio 2 has it
     for older, newer in _OLDER:
         name = older.sub(newer, name)
     return name

@@ -14,6 +14,8 @@ Choices:
   its own end: the result does not depend on padding.
 - The source's phase is accumulated frame by frame modulo one cycle, so an hour of speech stays as
   exact as a second (a plain float32 cumulative sum loses a degree after a minute).
+- The 24 kHz form of CosyVoice-2 and Step-Audio's successors, `HIFT_24K`, is the same generator with
+  other rates; only its phase runs otherwise (`HiftConfig.source_phase`).
 """
 
 import dataclasses
@@ -57,7 +59,11 @@ class HiftConfig:
       phase_range: the phase is phase_range * sin(.); published 1 radian. A longer iSTFT needs pi.
       filters_source: magnitude and phase multiply the source's spectrum instead of being the
         output's (published): pitch and hiss come with the source, the network learns an envelope.
-      random_phase: overtones of the source start at random phases (published); otherwise at 0.
+      random_phase: overtones of the source start at random phases (published at 22.05 kHz);
+        otherwise at 0 (the published 24 kHz form draws phases too, but they reach no sample).
+      source_phase: 'samples': each sample advances it by its frame's F0 (published at 22.05 kHz);
+        'frames': it is known at the frames' centres and linear in between, so that it stands still
+        before the first and after the last (published at 24 kHz).
       dtype: compute dtype of the convolutions.
     """
 
@@ -82,6 +88,7 @@ class HiftConfig:
     phase_range: float = 1.0
     filters_source: bool = False
     random_phase: bool = True
+    source_phase: str = "samples"
     dtype: str = "float32"
 
     @property
@@ -99,7 +106,20 @@ class HiftConfig:
             )
         if self.istft_n_fft % self.istft_hop:
             raise UserError("HiftConfig.istft_hop must divide istft_n_fft")
+        if self.source_phase not in ("samples", "frames"):
+            raise UserError("HiftConfig.source_phase must be 'samples' or 'frames'")
         return HiftGenerator(self, rngs)
+
+
+HIFT_24K = HiftConfig(
+    sample_rate=24000,
+    upsample_rates=(8, 5, 3),
+    upsample_kernels=(16, 11, 7),
+    source_kernels=(7, 7, 11),
+    random_phase=False,
+    source_phase="frames",
+)
+"""Sizes of CosyVoice-2, Step-Audio 2 and Step-Audio-EditX: a frame of 480 samples."""
 
 
 class Snake(nnx.Module):
@@ -185,7 +205,8 @@ class HarmonicSource(nnx.Module):
         if config.random_phase:
             drawn = jax.random.uniform(phase_rng, offset.shape, minval=-0.5, maxval=0.5)
             offset = drawn.at[..., 0].set(0.0)
-        cycles = source_phase(f0, config.hop, config.sample_rate)[..., None]
+        running = source_phase if config.source_phase == "samples" else interpolated_source_phase
+        cycles = running(f0, config.hop, config.sample_rate)[..., None]
         cycles = cycles * jnp.arange(1, waves + 1) + offset
         sines = config.sine_amplitude * jnp.sin(2.0 * jnp.pi * jnp.mod(cycles, 1.0))
         voiced = jnp.repeat(f0 > config.voiced_threshold, config.hop, axis=1)[..., None]
@@ -203,11 +224,31 @@ def source_phase(f0: jax.Array, hop: int, sample_rate: int) -> jax.Array:
 
     F0 counts up to half the sample rate.
     """
-    per_sample = jnp.minimum(f0.astype(jnp.float32) / sample_rate, 0.5)
-    ends = jax.lax.associative_scan(lambda a, b: jnp.mod(a + b, 1.0), per_sample * hop, axis=1)
+    per_sample, ends = _frame_phases(f0, hop, sample_rate)
     starts = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))
     within = per_sample[..., None] * jnp.arange(1, hop + 1)
     return (starts[..., None] + within).reshape(f0.shape[0], -1)
+
+
+def interpolated_source_phase(f0: jax.Array, hop: int, sample_rate: int) -> jax.Array:
+    """The same with the sum over frames standing at their centres and linear in between.
+
+    Source: SineGen2 of CosyVoice's hifigan/generator.py.
+    """
+    per_sample, centres = _frame_phases(f0, hop, sample_rate)
+    from_centre = jnp.arange(hop) - (hop - 1) / 2.0
+    # Up to its centre a frame's own F0 counts, then the next one's; nothing moves at the ends.
+    before = per_sample.at[:, 0].set(0.0)
+    after = jnp.pad(per_sample[:, 1:], ((0, 0), (0, 1)))
+    slope = jnp.where(from_centre < 0.0, before[..., None], after[..., None])
+    return (centres[..., None] + slope * from_centre).reshape(f0.shape[0], -1)
+
+
+def _frame_phases(f0: jax.Array, hop: int, sample_rate: int) -> tuple[jax.Array, jax.Array]:
+    """(cycles a sample of each frame, their sum up to its end modulo 1), each [B, F]."""
+    per_sample = jnp.minimum(f0.astype(jnp.float32) / sample_rate, 0.5)
+    ends = jax.lax.associative_scan(lambda a, b: jnp.mod(a + b, 1.0), per_sample * hop, axis=1)
+    return per_sample, ends
 
 
 class HiftGenerator(nnx.Module):
@@ -296,7 +337,7 @@ class HiftGenerator(nnx.Module):
         """
         mask = None if lengths is None else length_mask(lengths, mel.shape[1])
         f0 = self.f0_predictor(mel, mask) if f0 is None else f0
-        source = self.source(f0, rng)
+        source = self.source(f0 if mask is None else f0 * mask[..., 0], rng)
         if lengths is not None:
             source = source * length_mask(lengths * self.config.hop, source.shape[1])[..., 0]
         return self.decode(mel, source, lengths)

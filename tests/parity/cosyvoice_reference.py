@@ -49,6 +49,9 @@ _successor = {
         "flow.flow", "flow.flow_matching", "flow.decoder_dit", "transformer.upsample_encoder_v2",
     )
 }  # fmt: skip
+_successor_source = importlib.import_module(
+    "stepaudio2.flashcosyvoice.modules.hifigan_components.layers"
+)
 
 # Theirs refuses float64.
 _found["flow.decoder"].mask_to_bias = lambda mask, dtype: (1.0 - mask.to(dtype)) * -1.0e10
@@ -95,11 +98,23 @@ def flow(vocab_size: int = 5120, speaker_dim: int = 192) -> torch.nn.Module:
     return shaken(model)
 
 
-def hift() -> torch.nn.Module:
-    """`HiFTGenerator` of cosyvoice.yaml."""
+# What CosyVoice-2 and Step-Audio 2 say of their HiFT beyond the defaults of `HiFTGenerator`.
+HIFT_24K = {
+    "sampling_rate": 24000, "upsample_rates": [8, 5, 3], "upsample_kernel_sizes": [16, 11, 7],
+    "source_resblock_kernel_sizes": [7, 7, 11], "source_resblock_dilation_sizes": [[1, 3, 5]] * 3,
+}  # fmt: skip
+
+
+def hift(**sizes) -> torch.nn.Module:
+    """`HiFTGenerator` of cosyvoice.yaml, or with `HIFT_24K` of its successors."""
     torch.manual_seed(0)
     predictor = _found["hifigan.f0_predictor"].ConvRNNF0Predictor()
-    return shaken(generator.HiFTGenerator(f0_predictor=predictor))
+    return shaken(generator.HiFTGenerator(f0_predictor=predictor, **sizes))
+
+
+def successor_source() -> torch.nn.Module:
+    """The source of Step-Audio 2's HiFT."""
+    return _successor_source.SourceModuleHnNSF2(24000, 480, 8, 0.1, 0.003, 10)
 
 
 class DualCodebookEmbedding(torch.nn.Module):

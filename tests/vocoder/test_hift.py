@@ -8,7 +8,13 @@ import pytest
 from flax import nnx
 
 from t5x_audio.errors import UserError
-from t5x_audio.vocoder.hift import HarmonicSource, HiftConfig, source_phase
+from t5x_audio.vocoder.hift import (
+    HIFT_24K,
+    HarmonicSource,
+    HiftConfig,
+    interpolated_source_phase,
+    source_phase,
+)
 
 SMALL = HiftConfig(
     num_mels=12,
@@ -32,10 +38,13 @@ def generator(build):
     return build(SMALL)
 
 
-def test_published_size():
-    module = nnx.eval_shape(lambda: HiftConfig().make(nnx.Rngs(0)))
-    assert HiftConfig().hop == 256
-    assert round(sum(x.size for x in jax.tree.leaves(module)) / 1e6, 1) == 20.5
+@pytest.mark.parametrize(
+    ("config", "hop", "millions"), [(HiftConfig(), 256, 20.5), (HIFT_24K, 480, 20.8)]
+)
+def test_published_size(config, hop, millions):
+    module = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
+    assert config.hop == hop
+    assert round(sum(x.size for x in jax.tree.leaves(module)) / 1e6, 1) == millions
 
 
 def test_shape_range_and_determinism(generator):
@@ -94,6 +103,31 @@ def test_phase_advances_by_f0_and_never_drifts():
     assert drift.max() < 0.02  # cycles, after 524 seconds
 
 
+def test_phase_between_frames_is_interpolated_and_never_drifts():
+    """As the text of SineGen2 has it: sums at the frames' centres, straight lines between them."""
+    hop, rate = 4, 1000
+    f0 = np.random.default_rng(0).uniform(50.0, 200.0, 2**17).astype(np.float32)
+    run = jax.jit(interpolated_source_phase, static_argnums=(1, 2))
+    phase = np.asarray(run(f0[None], hop, rate))[0]
+    sums = np.cumsum(f0.astype(np.float64) / rate * hop)
+    centres = np.arange(len(f0)) * hop + (hop - 1) / 2
+    want = np.interp(np.arange(len(f0) * hop), centres, sums)  # flat beyond the ends
+    drift = np.abs((phase - want + 0.5) % 1.0 - 0.5)
+    assert drift.max() < 0.02  # cycles, after 524 seconds
+
+
+def test_padding_does_not_change_the_source_between_frames(build):
+    """The last frame's second half must not hear of an F0 behind it."""
+    config = dataclasses.replace(SMALL, random_phase=False, noise_std=0.0, source_phase="frames")
+    generator = build(config)
+    mel = jax.random.normal(jax.random.key(0), (1, 9, 12))
+    f0 = jnp.full((1, 9), 200.0)
+    run = nnx.jit(lambda g, mel, f0, lengths: g(mel, jax.random.key(1), f0=f0, lengths=lengths))
+    padded = run(generator, mel, f0, jnp.array([5]))
+    alone = run(generator, mel[:, :5], f0[:, :5], jnp.array([5]))
+    np.testing.assert_allclose(padded[:, : 5 * config.hop], alone, atol=2e-5)
+
+
 def test_source_is_periodic_where_voiced():
     config = dataclasses.replace(SMALL, random_phase=False, noise_std=0.0)
     source = HarmonicSource(config, nnx.Rngs(0))
@@ -141,3 +175,5 @@ def test_sizes_that_do_not_fit_are_refused():
         dataclasses.replace(SMALL, upsample_kernels=(11,)).make(nnx.Rngs(0))
     with pytest.raises(UserError, match="divide"):
         dataclasses.replace(SMALL, istft_hop=5).make(nnx.Rngs(0))
+    with pytest.raises(UserError, match="source_phase"):
+        dataclasses.replace(SMALL, source_phase="hours").make(nnx.Rngs(0))
