@@ -19,6 +19,7 @@ from flax import nnx
 from t5x_audio.errors import UserError
 from t5x_audio.vocoder.initialisers import spread
 from t5x_audio.vocoder.layers import attention, dropout, layer_norm, linear, run_stack, stack
+from t5x_audio.vocoder.ring import Ring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +94,19 @@ class RelativeAttention(nnx.Module):
         self.content_bias = nnx.Param(init(rngs.params(), shape), logical_axes=axes)
         self.position_bias = nnx.Param(init(rngs.params(), shape), logical_axes=axes)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
-        """[B, T, width], positions [2T - 1, width], mask [B, T, 1] -> [B, T, width]."""
+    def __call__(self, x: jax.Array, positions: jax.Array, see):
+        """Attention of frames to those that they see.
+
+        Args:
+          x: [B, T, width].
+          positions: [D, width], sinusoids of distances.
+          see: keys and values of these frames [B, T, H, head_dim] -> (keys and values [B, S, H,
+            head_dim], mask float32 [B, S, 1], function from scores by distance [B, H, T, D] to
+            scores [B, H, T, S]).
+
+        Returns:
+          ([B, T, width], keys and values of these frames)
+        """
 
         def heads(y):
             return y.reshape(*y.shape[:-1], self.config.num_heads, -1)
@@ -108,7 +120,9 @@ class RelativeAttention(nnx.Module):
             preferred_element_type=jnp.float32,
         )
         query = query + self.content_bias[...].astype(query.dtype)
-        return self.out(attention(query, key, value, mask, relative_shift(by_distance)))
+        keys, values, mask, by_key = see(key, value)
+        attended = attention(query, keys, values, mask, by_key(by_distance))
+        return self.out(attended), (key, value)
 
 
 class ConvolutionModule(nnx.Module):
@@ -154,17 +168,17 @@ class ConformerBlock(nnx.Module):
             self.convolution_norm = layer_norm(config.width, 1e-5, rngs)
             self.convolution = ConvolutionModule(config, rngs)
 
-    def __call__(self, x, positions, mask, rng=None):
-        """[B, T, width] -> [B, T, width]."""
+    def __call__(self, x, positions, mask, see, rng=None):
+        """[B, T, width] -> ([B, T, width], keys and values); `see` as of `RelativeAttention`."""
         keys = (None,) * 4 if rng is None else jax.random.split(rng, 4)
         rate, dtype = self.config.dropout, jnp.dtype(self.config.dtype)
-        y = self.attention(self.attention_norm(x).astype(dtype), positions, mask)
+        y, seen = self.attention(self.attention_norm(x).astype(dtype), positions, see)
         x = x + dropout(y, rate, keys[0])
         if self.config.convolution_kernel is not None:
             y = self.convolution(self.convolution_norm(x).astype(dtype), mask)
             x = x + dropout(y, rate, keys[3])
         y = dropout(jax.nn.silu(self.up(self.mlp_norm(x).astype(dtype))), rate, keys[1])
-        return x + dropout(self.down(y), rate, keys[2])
+        return x + dropout(self.down(y), rate, keys[2]), seen
 
 
 class ConformerPart(nnx.Module):
@@ -183,15 +197,62 @@ class ConformerPart(nnx.Module):
         x = self.embed_norm(self.embed(x)) * self.config.width**0.5
         return dropout(x, self.config.dropout, rng)
 
-    def run(self, x: jax.Array, mask: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """The blocks, on [B, T, width] with mask float32 [B, T, 1]; `rng` of dropout or None."""
+    def run(self, x: jax.Array, mask: jax.Array, rng: jax.Array | None, bias=None) -> jax.Array:
+        """The blocks on whole utterances.
+
+        Args:
+          x: [B, T, width].
+          mask: float32 [B, T, 1].
+          rng: of dropout or None.
+          bias: scores to add, such as `ring.chunk_bias`; None = every position sees all valid ones.
+        """
         config, keys = self.config, None
         positions = jnp.asarray(relative_positions(x.shape[1], config.width), config.dtype)
         if rng is not None:
             rng, position_rng = jax.random.split(rng)
             positions = dropout(positions, config.dropout, position_rng)
             keys = jax.random.split(rng, self.num_layers)
-        return run_stack(self.layers, lambda block, x, key: block(x, positions, mask, key), x, keys)
+
+        def by_key(scores):
+            shifted = relative_shift(scores)
+            return shifted if bias is None else shifted + bias
+
+        def call(block, x, key):
+            return block(x, positions, mask, lambda k, v: (k, v, mask, by_key), key)[0]
+
+        return run_stack(self.layers, call, x, keys)
+
+    def step(self, x: jax.Array, keys: jax.Array, values: jax.Array, places: Ring):
+        """The blocks on the next chunk of a stream.
+
+        Args:
+          x: [B, T, width].
+          keys, values: [L, B, P, H, head_dim], caches of the layers.
+          places: of the chunk in the caches.
+
+        Returns:
+          ([B, T, width], (keys, values))
+        """
+        config, count = self.config, len(places.mask)
+        positions = jnp.asarray(relative_positions(count, config.width), config.dtype)
+        mask = jnp.broadcast_to(places.mask[None, :, None], (len(x), count, 1))
+        index = jnp.clip(count - 1 - places.distances, 0, 2 * count - 2)[None, None]
+        graph, layers = nnx.split(self.layers)
+
+        def body(x, layer):
+            parameters, *caches = layer
+
+            def see(key, value):
+                joined = (
+                    jnp.concatenate(pair, axis=1) for pair in zip(caches, (key, value), strict=True)
+                )
+                return *joined, mask, lambda scores: jnp.take_along_axis(scores, index, axis=-1)
+
+            block = nnx.merge(graph, parameters)
+            x, new = block(x, positions, mask[:, -x.shape[1] :], see)
+            return x, tuple(places.keep(*pair) for pair in zip(caches, new, strict=True))
+
+        return jax.lax.scan(body, x, (layers, keys, values))
 
 
 class Conformer(ConformerPart):

@@ -6,11 +6,10 @@ convolutions tell where a frame is. Source: stepaudio2's cosyvoice2/flow/decoder
 
 Choices:
 - Whole utterances see all of their frames, as published, or only as much as a stream would: its
-  chunk, the frames before it within `look_back_frames`, and the prompt (`chunk_bias`). With that
-  the stream gives what the whole gives.
-- Keys and values of a stream stand in a ring, which needs no order for want of positions, so that
-  memory is the same after an hour; a prompt is never overwritten. The reference cuts its cache to
-  the same frames.
+  chunk, the frames before it within `look_back_frames`, and the prompt (`ring.chunk_bias`). With
+  that the stream gives what the whole gives.
+- Keys and values of a stream stand in a `ring`; a prompt is never overwritten. The reference cuts
+  its cache to the same frames.
 - Layers are stacked and scanned; modulations and the last projection start at zero.
 """
 
@@ -23,7 +22,6 @@ from flax import nnx
 
 from t5x_audio.vocoder.convolution import Convolution
 from t5x_audio.vocoder.layers import (
-    NEGATIVE,
     attention,
     layer_norm,
     linear,
@@ -31,6 +29,7 @@ from t5x_audio.vocoder.layers import (
     run_stack,
     stack,
 )
+from t5x_audio.vocoder.ring import RingSize, ring
 
 TIME_WIDTH = 256
 TIME_SCALE = 1000.0
@@ -78,18 +77,6 @@ class DitState:
     between: jax.Array
     keys: jax.Array
     values: jax.Array
-
-
-def chunk_bias(chunks: jax.Array, prompt_frames, look_back_frames: int) -> jax.Array:
-    """What a stream sees: chunk number of each frame int32 [T] -> scores to add [1, 1, T, T].
-
-    `prompt_frames` int32 [] is chunk 0 of its own; frames of a chunk stand side by side.
-    """
-    index = jnp.arange(len(chunks))
-    start = jnp.searchsorted(chunks, chunks)  # of a frame's own chunk
-    recent = index[None, :] >= start[:, None] - look_back_frames
-    visible = (chunks[None, :] <= chunks[:, None]) & (recent | (index < prompt_frames)[None, :])
-    return jnp.where(visible, 0.0, NEGATIVE)[None, None]
 
 
 def time_features(time: jax.Array) -> jax.Array:
@@ -207,7 +194,7 @@ class Dit(nnx.Module):
           x: [B, T, n_in], the noisy mel and its conditions side by side.
           mask: float32 [B, T, 1].
           time: float32 [B] in [0, 1].
-          bias: scores to add, such as `chunk_bias`; None = every frame sees all valid ones.
+          bias: scores to add, such as `ring.chunk_bias`; None = every frame sees all valid ones.
 
         Returns:
           float32 [B, T, n_out]; padded frames are 0.
@@ -231,36 +218,27 @@ class Dit(nnx.Module):
         zero = jnp.int32(0)
         return DitState(zero, zero, inputs, inputs, cache, cache)
 
-    def step(self, x: jax.Array, time: jax.Array, state: DitState, prompt: bool = False):
+    def step(
+        self, x: jax.Array, time: jax.Array, state: DitState, prompt: bool = False, valid=None
+    ):
         """Velocity of the next chunk of a stream.
 
         Args:
-          x: [B, T, n_in]; all rows are as long.
+          x: [B, T, n_in].
           time: float32 [B].
           state: after the chunks before it.
           prompt: whether it is the prompt, the first chunk, which stays visible.
+          valid: int32 [], frames that count in the last chunk of a stream; None = all. Nothing can
+            follow a chunk with other frames behind them.
 
         Returns:
           (float32 [B, T, n_out], the next state)
         """
         length, look_back = x.shape[1], self.config.look_back_frames
-        reserved = state.keys.shape[2] - look_back
-        prompt_frames = jnp.int32(length) if prompt else state.prompt_frames
-        places = jnp.arange(reserved + look_back)
-        seen = jnp.where(
-            places < reserved,
-            places < jnp.minimum(state.position, state.prompt_frames),
-            places - reserved < state.position - state.prompt_frames,
-        )
-        mask = jnp.concatenate([seen, jnp.ones(length, bool)]).astype(jnp.float32)
-        mask = jnp.broadcast_to(mask[None, :, None], (len(x), len(mask), 1))
-        index = state.position + jnp.arange(length)
-        place = jnp.where(
-            index < prompt_frames, index, reserved + (index - prompt_frames) % look_back
-        )
-        # Of more new frames than the ring has places, the last ones stay.
-        fading = (index >= prompt_frames) & (index < state.position + length - look_back)
-        place = jnp.where(fading, len(places), place)
+        valid = jnp.int32(length) if valid is None else valid
+        size = RingSize(state.keys.shape[2] - look_back, look_back)
+        places = ring(size, state.position, state.prompt_frames, length, valid, prompt)
+        mask = jnp.broadcast_to(places.mask[None, :, None], (len(x), len(places.mask), 1))
         time = self._embed(time)
         graph, blocks = nnx.split(self.blocks)
 
@@ -272,14 +250,11 @@ class Dit(nnx.Module):
                 return *joined, mask, None
 
             x, new, before, between = nnx.merge(graph, parameters)(x, time, see, before, between)
-            kept = (
-                cache.at[:, place].set(one, mode="drop")
-                for cache, one in zip((keys, values), new, strict=True)
-            )
-            return x, (before, between, *kept)
+            return x, (before, between, places.keep(keys, new[0]), places.keep(values, new[1]))
 
         caches = (state.before, state.between, state.keys, state.values)
         x, caches = jax.lax.scan(body, self.in_project(x), (blocks, *caches))
+        prompt_frames = valid if prompt else state.prompt_frames
         return self._finish(x, time), DitState(state.position + length, prompt_frames, *caches)
 
     def _embed(self, time):

@@ -154,6 +154,7 @@ class FlowMatching(nnx.Module):
         prompt_mel: jax.Array | None = None,
         prompt_code_lengths: jax.Array | None = None,
         rng: jax.Array | None = None,
+        frames: tuple[jax.Array, jax.Array] | None = None,
     ) -> Conditions:
         """Encodes codes and speaker.
 
@@ -165,21 +166,26 @@ class FlowMatching(nnx.Module):
           prompt_code_lengths: int32 [B], multiples of 5, 0 without one; None in training, where
             the whole is interpolated alike.
           rng: key of the encoder's dropout; None = none.
+          frames: of the prompt and of all, int32 [B] each, where they are not `mel_lengths` of the
+            codes: a window of a stream begins between two frames; only with a prompt_mel.
 
         Returns:
-          Conditions on F = mel_lengths(N) frames (static).
+          Conditions on F frames: mel_lengths(N), or as many as `prompt_mel` has with `frames`.
         """
         config = self.config
-        size = config.mel_lengths(codes.shape[1])
+        size = config.mel_lengths(codes.shape[1]) if frames is None else prompt_mel.shape[1]
         prompts, edges = None, (0, 0)
         prompt = jnp.zeros((codes.shape[0], size, config.num_mels))
         lengths = config.mel_lengths(code_lengths)
         if prompt_code_lengths is not None:
-            frames = config.mel_lengths(prompt_code_lengths)
-            prompts = (prompt_code_lengths, frames)
+            if frames is None:
+                prompt_frames = config.mel_lengths(prompt_code_lengths)
+                rest = config.mel_lengths(code_lengths - prompt_code_lengths)
+                frames = (prompt_frames, prompt_frames + rest)
+            prompt_frames, lengths = frames
+            prompts = (prompt_code_lengths, prompt_frames)
             edges = (config.edge_codes, config.mel_lengths(config.edge_codes))
-            lengths = frames + config.mel_lengths(code_lengths - prompt_code_lengths)
-            prompt = self.normalise(prompt_mel[:, :size]) * length_mask(frames, size)
+            prompt = self.normalise(prompt_mel[:, :size]) * length_mask(prompt_frames, size)
         code_mask = length_mask(code_lengths, codes.shape[1])
         mask = length_mask(lengths, size)
         x = self.embedding(jnp.clip(codes, 0, config.codebook - 1)) * code_mask
@@ -222,23 +228,43 @@ def solve(model, conditions: Conditions, noise: jax.Array) -> jax.Array:
 
     `model` has `velocity` and, in its config, guidance, temperature, num_steps and the mel's scale.
     """
-    config, batch = model.config, noise.shape[0]
+
+    def velocity(x, time, both, state):
+        return model.velocity(x, time, both), state
+
+    return solve_with_state(model.config, velocity, conditions, noise, None)[0]
+
+
+def solve_with_state(config, velocity, conditions: Conditions, noise: jax.Array, states):
+    """As `solve`, with a state of the velocity at each time.
+
+    Args:
+      config: guidance, temperature, num_steps and the mel's scale.
+      velocity: (x, time, conditions, state), of rows with conditions and then rows without ->
+        (velocity, next state).
+      conditions: of the rows.
+      noise: float32 [B, F, num_mels], standard normal.
+      states: a pytree with a leading axis of num_steps, or None.
+
+    Returns:
+      (log-mel float32 [B, F, num_mels], next states)
+    """
+    batch = noise.shape[0]
     none = conditions.keep(jnp.zeros(batch))
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), conditions, none)
     times = 1.0 - np.cos(np.linspace(0.0, 1.0, config.num_steps + 1) * 0.5 * np.pi)
 
-    def euler(x, interval):
-        start, end = interval
+    def euler(x, step):
+        (start, end), state = step
         time = jnp.full((2 * batch,), start)
-        velocity = model.velocity(jnp.concatenate([x, x]), time, both)
-        guided = (1.0 + config.guidance) * velocity[:batch]
-        guided = guided - config.guidance * velocity[batch:]
-        return x + (end - start) * guided, None
+        found, state = velocity(jnp.concatenate([x, x]), time, both, state)
+        guided = (1.0 + config.guidance) * found[:batch] - config.guidance * found[batch:]
+        return x + (end - start) * guided, state
 
-    steps = jnp.asarray(np.stack([times[:-1], times[1:]], axis=1), jnp.float32)
+    intervals = jnp.asarray(np.stack([times[:-1], times[1:]], axis=1), jnp.float32)
     start = config.temperature * noise.astype(jnp.float32)
-    x, _ = jax.lax.scan(euler, start, steps)
-    return (x * config.mel_std + config.mel_mean) * conditions.mask
+    x, states = jax.lax.scan(euler, start, (intervals, states))
+    return (x * config.mel_std + config.mel_mean) * conditions.mask, states
 
 
 def noise_share(time: jax.Array, residual_std: jax.Array) -> jax.Array:

@@ -29,6 +29,7 @@ from t5x_audio.errors import UserError
 from t5x_audio.vocoder.convolution import Convolution, TransposedConvolution, length_mask
 from t5x_audio.vocoder.initialisers import fan_in, interpolating, spread
 from t5x_audio.vocoder.istft import istft, stft
+from t5x_audio.vocoder.noise import frame_noise
 
 _MAX_MAGNITUDE = 1e2
 
@@ -196,9 +197,13 @@ class HarmonicSource(nnx.Module):
             config.num_harmonics + 1, 1, kernel_init=nnx.initializers.ones_init(), rngs=rngs
         )
 
-    def __call__(self, f0: jax.Array, rng: jax.Array) -> jax.Array:
-        """F0 [B, F] in Hz -> samples [B, F * hop] in (-1, 1); `rng` draws phases and noise."""
+    def __call__(self, f0: jax.Array, rng: jax.Array, start=(0, 0.0)) -> jax.Array:
+        """F0 [B, F] in Hz -> samples [B, F * hop] in (-1, 1); `rng` draws phases and noise.
+
+        `start`: number of the first frame, and the fundamental's phase there in cycles.
+        """
         config = self.config
+        first, phase = start
         phase_rng, noise_rng = jax.random.split(rng)
         waves = config.num_harmonics + 1
         offset = jnp.zeros((f0.shape[0], 1, waves))
@@ -206,13 +211,16 @@ class HarmonicSource(nnx.Module):
             drawn = jax.random.uniform(phase_rng, offset.shape, minval=-0.5, maxval=0.5)
             offset = drawn.at[..., 0].set(0.0)
         running = source_phase if config.source_phase == "samples" else interpolated_source_phase
-        cycles = running(f0, config.hop, config.sample_rate)[..., None]
+        cycles = running(f0, config.hop, config.sample_rate)[..., None] + phase
         cycles = cycles * jnp.arange(1, waves + 1) + offset
         sines = config.sine_amplitude * jnp.sin(2.0 * jnp.pi * jnp.mod(cycles, 1.0))
         voiced = jnp.repeat(f0 > config.voiced_threshold, config.hop, axis=1)[..., None]
         noise_level = jnp.where(voiced, config.noise_std, config.sine_amplitude / 3.0)
         # One draw for the sum of independent equal noises through the merge: nine times cheaper.
-        noise = noise_level[..., 0] * jax.random.normal(noise_rng, voiced.shape[:2])
+        numbers = first + jnp.arange(f0.shape[1])
+        rows = jax.vmap(jax.random.fold_in, (None, 0))(noise_rng, jnp.arange(len(f0)))
+        noise = jax.vmap(frame_noise, (0, None, None))(rows, numbers, config.hop)
+        noise = noise_level[..., 0] * noise.reshape(voiced.shape[:2])
         noise = noise * jnp.linalg.norm(self.merge.kernel[...])
         audible = jnp.arange(1, waves + 1) * f0[..., None] < config.sample_rate / 2.0
         audible = jnp.repeat(audible, config.hop, axis=1)
@@ -323,6 +331,7 @@ class HiftGenerator(nnx.Module):
         *,
         f0: jax.Array | None = None,
         lengths: jax.Array | None = None,
+        start=(0, 0.0),
     ) -> jax.Array:
         """Samples of a mel.
 
@@ -331,13 +340,14 @@ class HiftGenerator(nnx.Module):
           rng: key of the source's phases and noise.
           f0: Hz [B, F] that drives the source; None = predicted from the mel.
           lengths: int32 [B] mel frames; None = all F.
+          start: of a window in the midst of an utterance, as of `HarmonicSource`.
 
         Returns:
           float32 [B, F * hop] within +- audio_limit, 0 beyond the lengths.
         """
         mask = None if lengths is None else length_mask(lengths, mel.shape[1])
         f0 = self.f0_predictor(mel, mask) if f0 is None else f0
-        source = self.source(f0 if mask is None else f0 * mask[..., 0], rng)
+        source = self.source(f0 if mask is None else f0 * mask[..., 0], rng, start)
         if lengths is not None:
             source = source * length_mask(lengths * self.config.hop, source.shape[1])[..., 0]
         return self.decode(mel, source, lengths)

@@ -9,16 +9,23 @@ stepvocoder/cosyvoice2 (embedding/dual_codebook.py, flow/flow.py, cli/cosyvoice.
 
 import dataclasses
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from t5x_audio.vocoder.convolution import length_mask
-from t5x_audio.vocoder.dit import Dit, DitConfig
-from t5x_audio.vocoder.flow import CODES_PER_GROUP, Conditions, normalised, solve
+from t5x_audio.vocoder.dit import Dit, DitConfig, DitState
+from t5x_audio.vocoder.flow import (
+    CODES_PER_GROUP,
+    Conditions,
+    normalised,
+    solve,
+    solve_with_state,
+)
 from t5x_audio.vocoder.initialisers import spread
 from t5x_audio.vocoder.layers import linear
-from t5x_audio.vocoder.upsampling_conformer import UpsamplingConformerConfig
+from t5x_audio.vocoder.upsampling_conformer import UpsamplingConformerConfig, UpsamplingState
 
 LINGUISTIC_PER_GROUP, POSITIONS_PER_GROUP = 2, 3
 
@@ -50,6 +57,11 @@ class PairedFlowConfig:
     mel_mean: float = 0.0
     mel_std: float = 1.0
 
+    @property
+    def look_ahead_codes(self) -> int:
+        """Codes behind a chunk that a stream waits for: whole groups."""
+        return -(-self.encoder.look_ahead // POSITIONS_PER_GROUP) * CODES_PER_GROUP
+
     def positions(self, code_lengths):
         """Pairs of so many codes (int or integer array), of whole groups."""
         return code_lengths // CODES_PER_GROUP * POSITIONS_PER_GROUP
@@ -71,6 +83,14 @@ def pairs(codes: jax.Array, linguistic_size: int) -> jax.Array:
     linguistic = jnp.concatenate([groups[..., :LINGUISTIC_PER_GROUP], padding], axis=-1)
     semantic = groups[..., LINGUISTIC_PER_GROUP:] + 1
     return jnp.stack([linguistic, semantic], axis=-1).reshape(batch, -1, 2)
+
+
+@flax.struct.dataclass
+class PairedFlowState:
+    """Of a stream: the encoder's state, and the estimator's at each of the num_steps times."""
+
+    encoder: UpsamplingState
+    estimator: DitState
 
 
 class PairedFlow(nnx.Module):
@@ -102,19 +122,24 @@ class PairedFlow(nnx.Module):
         prompt_mel: jax.Array | None = None,
         prompt_code_lengths: jax.Array | None = None,
         rng: jax.Array | None = None,
+        chunks=None,
     ) -> Conditions:
-        """Encodes codes and speaker; arguments as of `FlowMatching.conditions`."""
+        """Encodes codes and speaker.
+
+        `chunks` as of the encoder, which then sees what a stream sees; the other arguments as of
+        `FlowMatching.conditions`.
+        """
         config = self.config
-        rows = pairs(jnp.clip(codes, 0, config.codebook - 1), config.linguistic_size)
+        rows = self._rows(codes)
         size = config.mel_lengths(codes.shape[1])
         prompt = jnp.zeros((codes.shape[0], size, config.num_mels))
         if prompt_code_lengths is not None:
             frames = config.mel_lengths(prompt_code_lengths)
             prompt = self.normalise(prompt_mel[:, :size]) * length_mask(frames, size)
         position_mask = length_mask(config.positions(code_lengths), rows.shape[1])
-        x = self.embedding(rows).reshape(*rows.shape[:2], -1) * position_mask
+        x = self._embed(rows) * position_mask
         mask = length_mask(config.mel_lengths(code_lengths), size)
-        mu = self.project(self.encoder(x, position_mask, rng)) * mask
+        mu = self.project(self.encoder(x, position_mask, rng, chunks)) * mask
         speaker = self.speaker(normalised(speaker_embedding))
         return Conditions(mu, speaker, prompt, mask, jnp.ones(codes.shape[0]))
 
@@ -131,3 +156,64 @@ class PairedFlow(nnx.Module):
     def sample(self, conditions: Conditions, noise: jax.Array) -> jax.Array:
         """Solves the flow from noise; see `FlowMatching.sample`."""
         return solve(self, conditions, noise)
+
+    def initial_state(self, batch_size: int, prompt_codes: int) -> PairedFlowState:
+        """The state of a stream before its first code; a prompt has at most `prompt_codes`."""
+        config = self.config
+        estimator = self.estimator.initial_state(2 * batch_size, config.mel_lengths(prompt_codes))
+        return PairedFlowState(
+            encoder=self.encoder.initial_state(batch_size, config.positions(prompt_codes)),
+            estimator=jax.tree.map(lambda a: jnp.stack([a] * config.num_steps), estimator),
+        )
+
+    def step(
+        self,
+        codes: jax.Array,
+        speaker_embedding: jax.Array,
+        noise: jax.Array,
+        state: PairedFlowState,
+        prompt_mel: jax.Array | None = None,
+        valid_codes: jax.Array | None = None,
+    ):
+        """The mel of the next chunk of a stream; chunk by chunk, as the reference's caches give it.
+
+        Args:
+          codes: int32 [B, N + look_ahead_codes] of whole groups, the chunk's and those after it.
+          speaker_embedding: float [B, speaker_dim].
+          noise: float32 [B, F, num_mels] with F = mel_lengths(N).
+          state: after the chunks before it.
+          prompt_mel: float [B, F, num_mels] log-mel, if the chunk is the prompt; it must be first.
+          valid_codes: int32 [], as `valid` of the encoder, in codes; None = all.
+
+        Returns:
+          (log-mel float32 [B, F, num_mels], the next state)
+        """
+        config = self.config
+        is_prompt = prompt_mel is not None
+        length = noise.shape[1] // config.encoder.up_factor
+        rows = self._rows(codes)[:, : length + config.encoder.look_ahead]
+        valid = frames = None
+        if valid_codes is not None:
+            valid = config.positions(valid_codes)
+            frames = jnp.minimum(valid, length) * config.encoder.up_factor
+        mu, encoder = self.encoder.step(self._embed(rows), state.encoder, is_prompt, valid)
+        conditions = Conditions(
+            mu=self.project(mu),
+            speaker=self.speaker(normalised(speaker_embedding)),
+            prompt=self.normalise(prompt_mel) if is_prompt else jnp.zeros_like(noise),
+            mask=jnp.ones((*noise.shape[:2], 1)),
+            kept=jnp.ones(len(codes)),
+        )
+
+        def velocity(x, time, both, state):
+            joined = both.beside(x).astype(config.estimator.dtype)
+            return self.estimator.step(joined, time, state, is_prompt, frames)
+
+        mel, estimator = solve_with_state(config, velocity, conditions, noise, state.estimator)
+        return mel, PairedFlowState(encoder, estimator)
+
+    def _rows(self, codes):
+        return pairs(jnp.clip(codes, 0, self.config.codebook - 1), self.config.linguistic_size)
+
+    def _embed(self, rows):
+        return self.embedding(rows).reshape(*rows.shape[:2], -1)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from t5x_audio.vocoder import dit
+from t5x_audio.vocoder.ring import chunk_bias
 
 CONFIG = dit.DitConfig(
     width=16, num_layers=2, num_heads=2, head_dim=8, mlp_dim=24, look_back_frames=6
@@ -30,7 +31,7 @@ def frames(length, batch=1, seed=0):
 
 def whole(model, x, chunks, prompt_frames):
     numbers = np.repeat(np.arange(len(chunks)), chunks)
-    bias = dit.chunk_bias(jnp.asarray(numbers), prompt_frames, CONFIG.look_back_frames)
+    bias = chunk_bias(jnp.asarray(numbers), prompt_frames, CONFIG.look_back_frames)
     time = jnp.full(len(x), 0.3)
     return np.asarray(model(x, jnp.ones((*x.shape[:2], 1)), time, bias))
 

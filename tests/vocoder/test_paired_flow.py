@@ -66,3 +66,27 @@ def test_the_encoder_does_not_see_padding(model):
     mask = (jnp.arange(16) < 12).astype(jnp.float32)[None, :, None]
     np.testing.assert_allclose(encoder(padded, mask)[:, :24], encoder(x, mask[:, :12]), atol=1e-4)
     assert not encoder(padded, mask)[:, 24:].any()
+
+
+@pytest.mark.parametrize("prompt", [0, 3])
+def test_a_stream_of_the_encoder_gives_what_the_whole_gives(model, prompt):
+    encoder, ahead = model.encoder, CONFIG.encoder.look_ahead
+    sizes = ([prompt] if prompt else []) + [2, 5, 3, 3]
+    total = sum(sizes)
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(2, total, 16)), jnp.float32)
+    chunks = (jnp.repeat(jnp.arange(len(sizes)), np.array(sizes)), jnp.int32(prompt))
+    want = nnx.jit(lambda e, x: e(x, jnp.ones((2, total, 1)), None, chunks))(encoder, x)
+    step = nnx.jit(
+        lambda e, x, state, prompt, valid: e.step(x, state, prompt, valid),
+        static_argnames="prompt",
+    )
+    state, made, start = encoder.initial_state(2, prompt + 1), [], 0
+    padded = jnp.pad(x, ((0, 0), (0, 9), (0, 0)), constant_values=5.0)
+    for number, size in enumerate(sizes):
+        first, last = prompt > 0 and number == 0, number == len(sizes) - 1
+        length = size + 2 * last  # the last chunk with others behind it
+        part = padded[:, start : start + length + ahead]
+        y, state = step(encoder, part, state, first, jnp.int32(size) if last else None)
+        made.append(y[:, : 2 * size])
+        start += size
+    np.testing.assert_allclose(np.concatenate(made, axis=1), want, atol=2e-4)
