@@ -8,7 +8,10 @@ from flax import nnx
 
 from t5x_audio.vocoder.conformer import ConformerConfig
 from t5x_audio.vocoder.dit import DitConfig
+from t5x_audio.vocoder.flow import solve_with_state
+from t5x_audio.vocoder.flow_stream import CacheStream
 from t5x_audio.vocoder.paired_flow import PairedFlowConfig, pairs
+from t5x_audio.vocoder.ring import chunk_bias
 from t5x_audio.vocoder.upsampling_conformer import UpsamplingConformerConfig
 
 CONFIG = PairedFlowConfig(
@@ -90,3 +93,47 @@ def test_a_stream_of_the_encoder_gives_what_the_whole_gives(model, prompt):
         made.append(y[:, : 2 * size])
         start += size
     np.testing.assert_allclose(np.concatenate(made, axis=1), want, atol=2e-4)
+
+
+@pytest.mark.parametrize("prompt", [0, 10])
+def test_a_stream_samples_what_the_whole_samples(model, prompt):
+    """The whole under what a stream sees, from the same noise."""
+    codes = np.random.default_rng(4).integers(0, 20, (1, prompt + 40)).astype(np.int32)
+    speaker = jnp.ones((1, 4))
+    frames, prompt_frames = CONFIG.mel_lengths(codes.shape[1]), CONFIG.mel_lengths(prompt)
+    rng = np.random.default_rng(5)
+    mel, noise = (jnp.asarray(rng.normal(size=(1, frames, 6)), jnp.float32) for _ in range(2))
+    sizes = ([prompt] if prompt else []) + [15, 15, 10]
+    numbers = jnp.repeat(jnp.arange(len(sizes)), jnp.array(sizes) * 3 // 5)
+    chunks = (numbers, jnp.int32(prompt * 3 // 5))
+    look_back = CONFIG.estimator.look_back_frames
+    bias = chunk_bias(jnp.repeat(numbers, 2), prompt_frames, look_back)
+
+    @jax.jit
+    def whole(codes, mel, noise):
+        lengths = jnp.array([codes.shape[1]])
+        prompts = jnp.array([prompt])
+        conditions = model.conditions(codes, lengths, speaker, mel, prompts, chunks=chunks)
+
+        def velocity(x, time, both, state):
+            return model.velocity(x, time, both, bias), state
+
+        return solve_with_state(CONFIG, velocity, conditions, noise, None)[0]
+
+    @jax.jit
+    def step(numbers, codes, state, mel, valid):
+        return model.step(codes, speaker, noise[:, numbers], state, mel, valid)
+
+    def call(codes, numbers, state, mel, valid):
+        mel = None if mel is None else mel[None]
+        made, state = step(numbers, codes[None], state, mel, valid)
+        return made[0], state
+
+    stream = CacheStream(
+        CONFIG, call, model.initial_state(1, prompt), codes[0, :prompt], mel[0, :prompt_frames], 15
+    )
+    made = [stream.push(codes[0, prompt : prompt + 21]), stream.push(codes[0, prompt + 21 :])]
+    made.append(stream.finish())
+    assert [len(one) for one in made] == [18, 18, 12]
+    want = whole(codes, mel, noise)[0, prompt_frames:]
+    np.testing.assert_allclose(np.concatenate(made), want, atol=1e-3 * np.abs(want).max())
