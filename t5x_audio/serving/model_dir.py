@@ -127,13 +127,16 @@ class RunDirectory:
         linguistic = self.config(self.linguistic_tokenizer)
         semantic = self.config(self.semantic_tokenizer)
         backbone, flow = self.config(self.backbone), self.config(self.flow)
+        linguistic_size = vocabulary.linguistic_size
         return [
-            (self.linguistic_tokenizer, "codebook_size", linguistic.codebook_size,
-             vocabulary.linguistic_size),
+            (self.linguistic_tokenizer, "codebook_size", linguistic.codebook_size, linguistic_size),
             (self.semantic_tokenizer, "codebook_size", semantic.codebook_size,
              vocabulary.semantic_size),
             (self.backbone, "vocab_size", backbone.vocab_size, vocabulary.size),
             (self.flow, "codebook", flow.codebook, vocabulary.audio_size),
+            # The flow of paired codes has them apart.
+            (self.flow, "linguistic_size", getattr(flow, "linguistic_size", linguistic_size),
+             linguistic_size),
         ]  # fmt: skip
 
     def fingerprint(self) -> str:

@@ -12,8 +12,10 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from t5x_audio.errors import UserError
 from t5x_audio.vocoder.convolution import length_mask
 from t5x_audio.vocoder.dit import Dit, DitConfig, DitState
 from t5x_audio.vocoder.flow import (
@@ -28,6 +30,7 @@ from t5x_audio.vocoder.layers import linear
 from t5x_audio.vocoder.upsampling_conformer import UpsamplingConformerConfig, UpsamplingState
 
 LINGUISTIC_PER_GROUP, POSITIONS_PER_GROUP = 2, 3
+POSITIONS_A_SECOND = 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +73,23 @@ class PairedFlowConfig:
         """Mel frames of so many codes (int or integer array), of whole groups."""
         return self.positions(code_lengths) * self.encoder.up_factor
 
+    def completed(self, codes: np.ndarray) -> np.ndarray:
+        """Flat codes [N] as whole groups: to an odd tail the first code of each kind is added.
+
+        EditX takes them from the end of [0, 0, 0, 1024, 1024, 1024].
+        """
+        missing = -len(codes) % CODES_PER_GROUP
+        first = [0] * LINGUISTIC_PER_GROUP + [self.linguistic_size] * POSITIONS_PER_GROUP
+        return np.append(codes, first[len(first) - missing :]).astype(codes.dtype)
+
     def make(self, rngs: nnx.Rngs) -> "PairedFlow":
         """The model with fresh weights."""
+        frame_rate = POSITIONS_A_SECOND * self.encoder.up_factor
+        if self.sample_rate != self.hop * frame_rate:
+            raise UserError(
+                f"PairedFlowConfig: {frame_rate} frames a second at {self.sample_rate} Hz need a "
+                f"hop of {self.sample_rate / frame_rate:g} samples, not {self.hop}"
+            )
         return PairedFlow(self, rngs)
 
 
@@ -152,6 +170,22 @@ class PairedFlow(nnx.Module):
         """
         joined = conditions.beside(x).astype(self.config.estimator.dtype)
         return self.estimator(joined, conditions.mask, time, bias)
+
+    def stream_bias(self, size: int, prompt_frames: jax.Array, chunk_frames: jax.Array):
+        """Scores to add so that each frame sees what it would see in a stream.
+
+        Args:
+          size: F, frames.
+          prompt_frames: int32 [B], the first chunk of each row, which stays visible; 0 = none.
+          chunk_frames: int32 [B], of all other chunks.
+
+        Returns:
+          float32 [B, 1, F, F], see `chunk_bias`.
+        """
+        beyond = jnp.arange(size) - prompt_frames[:, None]
+        chunks = jnp.where(beyond < 0, 0, 1 + beyond // chunk_frames[:, None])
+        look_back = self.config.estimator.look_back_frames
+        return jax.vmap(lambda c, p: chunk_bias(c, p, look_back)[0])(chunks, prompt_frames)
 
     def sample(self, conditions: Conditions, noise: jax.Array) -> jax.Array:
         """Solves the flow from noise; see `FlowMatching.sample`."""

@@ -3,8 +3,10 @@
 Choices:
 - Lengths are padded to a few buckets, so that a process compiles each stage a few times only; the
   models mask the padding, so a bucket doesn't change what is heard.
-- Codes come in groups of five (two linguistic, three semantic: 0.12 s). An odd tail of fewer than
-  five is dropped: it stands for less than a tokenizer frame of either stream.
+- Codes come in groups of five (two linguistic, three semantic: 0.12 s). What becomes of an odd tail
+  is the flow's (`completed` of its configuration) and as published: the interleaved form speaks it,
+  as many frames as the codes stand for; the paired form fills the group up with the first code of
+  each kind. A prompt's odd tail is left out, so that speech goes on after a whole group.
 - Same codes, speaker, prompt and seed: same samples.
 - A stream (`TokenVocoder.stream`) draws the same noise for the same frames as `synthesize`.
 """
@@ -36,14 +38,14 @@ class TokenVocoder:
 
     def __init__(
         self,
-        flow: FlowMatching,
+        flow: FlowMatching | PairedFlow,
         hift: HiftGenerator,
         bucket_groups: tuple[int, ...] = _BUCKET_GROUPS,
     ):
         """Joins two trained models.
 
         Args:
-          flow: codes to mel.
+          flow: codes to mel, of either form.
           hift: mel to samples.
           bucket_groups: padded lengths in groups of five codes, rising; longer inputs are padded to
             a multiple of the last.
@@ -80,7 +82,7 @@ class TokenVocoder:
         """Speech of codes.
 
         Args:
-          codes: ints [N] in 0 .. codebook - 1; the tail beyond a multiple of five is dropped.
+          codes: ints [N] in 0 .. codebook - 1, five at least.
           speaker_embedding: float [speaker_dim].
           seed: of the flow's noise and the source's noise.
           prompt_codes: ints of a recording whose voice and manner are continued; None = none.
@@ -88,7 +90,7 @@ class TokenVocoder:
             its codes.
 
         Returns:
-          float32 [mel_lengths(N) * hop] in [-1, 1], the prompt not included.
+          float32 [mel_lengths(N) * hop] in [-1, 1], N completed, the prompt not included.
 
         Raises:
           UserError: fewer than five codes, an id out of range, an embedding or prompt of the wrong
@@ -102,11 +104,11 @@ class TokenVocoder:
     ) -> np.ndarray:
         """The log-mel float32 [frames, num_mels] of codes; arguments as in `synthesize`."""
         config = self.flow_config
-        codes = _checked_codes(codes, config.codebook, "codes")
+        codes = config.completed(_checked_codes(codes, config.codebook, "codes"))
         speaker = self._checked_speaker(speaker_embedding)
         prompt, prompt_mel = self._checked_prompt(prompt_codes, prompt_mel)
         joined = np.concatenate([prompt, codes])
-        padded = self._bucket(len(joined) // CODES_PER_GROUP) * CODES_PER_GROUP
+        padded = self._bucket(-(-len(joined) // CODES_PER_GROUP)) * CODES_PER_GROUP
         size = config.mel_lengths(padded)
         frames = config.mel_lengths(len(codes))
         mel = self._to_mel(
@@ -229,6 +231,7 @@ class TokenVocoder:
         if prompt_codes is None or prompt_mel is None:
             raise UserError("prompt: give both prompt_codes and prompt_mel of the same recording")
         codes = _checked_codes(prompt_codes, config.codebook, "prompt_codes")
+        codes = codes[: len(codes) - len(codes) % CODES_PER_GROUP]
         frames = config.mel_lengths(len(codes))
         mel = np.asarray(prompt_mel, np.float32)
         if mel.ndim != 2 or mel.shape[1] != config.num_mels or len(mel) < frames:
@@ -314,12 +317,11 @@ def _in_range(codes, codebook: int, what: str) -> np.ndarray:
 
 def _checked_codes(codes, codebook: int, what: str) -> np.ndarray:
     codes = _in_range(codes, codebook, what)
-    whole = len(codes) - len(codes) % CODES_PER_GROUP
-    if not whole:
+    if len(codes) < CODES_PER_GROUP:
         raise UserError(
             f"{what}: {len(codes)} codes; a sound needs at least {CODES_PER_GROUP} (0.12 s)"
         )
-    return codes[:whole]
+    return codes
 
 
 def _finite(values: np.ndarray, what: str) -> np.ndarray:

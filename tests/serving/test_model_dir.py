@@ -3,11 +3,14 @@ import shutil
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from t5x_audio.errors import UserError
+from t5x_audio.serving.assistant import SpokenAssistant
 from t5x_audio.serving.model_dir import PARTS, RunDirectory
 from t5x_audio.serving.voice import answer_voice
 from t5x_audio.training import checkpoints
+from tests.toy_vocoder import HIFT_FRAMES, PAIRED_FLOW
 
 
 @pytest.fixture
@@ -39,6 +42,23 @@ def test_backbone_of_another_size(copy):
     config = dataclasses.replace(checkpoints.load_config(copy / "merged"), vocab_size=64)
     checkpoints.write_configs(copy / "merged", {"model": config})
     with pytest.raises(UserError, match="merged: vocab_size is 64 but the vocabulary .* needs 208"):
+        RunDirectory(copy).check()
+
+
+def test_a_vocoder_of_paired_codes_answers(copy):
+    """Its flow and the HiFT at its rate are told by their configurations."""
+    flow = dataclasses.replace(PAIRED_FLOW, codebook=40, linguistic_size=16, speaker_dim=256)
+    hift = HIFT_FRAMES
+    for folder, name, config in (("flow", "model", flow), ("hift", "generator", hift)):
+        shutil.rmtree(copy / folder)
+        model = nnx.jit(lambda config=config: config.make(nnx.Rngs(0)))()
+        checkpoints.save_model(copy / folder, {name: config}, {name: model})
+    assistant = SpokenAssistant.load(copy)
+    codes = np.array([1, 2, 20, 21, 22] * 3)
+    assert assistant.speak(codes).shape == (3 * 1920,)
+    wrong = dataclasses.replace(flow, linguistic_size=15)
+    checkpoints.write_configs(copy / "flow", {"model": wrong})
+    with pytest.raises(UserError, match="flow: linguistic_size is 15 but .* needs 16"):
         RunDirectory(copy).check()
 
 

@@ -1,11 +1,14 @@
 """The flow of paired codes: its rows, and batches that change nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from t5x_audio.errors import UserError
 from t5x_audio.vocoder.conformer import ConformerConfig
 from t5x_audio.vocoder.dit import DitConfig
 from t5x_audio.vocoder.flow import solve_with_state
@@ -37,6 +40,11 @@ def test_rows_of_the_table():
     want = [(3, 9), (7, 13), (8, 20), (0, 10), (1, 10), (8, 11)]
     assert pairs(codes, 8)[0].tolist() == [list(row) for row in want]
     assert CONFIG.mel_lengths(12) == 12 and CONFIG.mel_lengths(15) == 18
+
+
+def test_another_frame_rate_is_refused():
+    with pytest.raises(UserError, match="50 frames a second at 22050 Hz need a hop of 441 samples"):
+        dataclasses.replace(CONFIG, sample_rate=22050).make(nnx.Rngs(0))
 
 
 def test_a_batch_gives_what_each_gives_alone(model):

@@ -8,38 +8,90 @@ from hypothesis import strategies as st
 
 from t5x_audio.errors import UserError
 from t5x_audio.vocoder.token_vocoder import TokenVocoder
-from tests.toy_vocoder import FLOW, HIFT
+from tests.toy_vocoder import FLOW, HIFT, HIFT_FRAMES, PAIRED_FLOW
 
 SPEAKER = np.array([1.0, -1.0, 0.5, 0.0], np.float32)
 
 
-@pytest.fixture(scope="module")
-def vocoder(build):
+def _vocoder(build, flow_config, hift_config):
     def wake(flow):
-        kernel = flow.estimator.project.kernel
+        estimator = flow.estimator
+        last = estimator.out_project if flow_config is PAIRED_FLOW else estimator.project
+        kernel = last.kernel
         kernel[...] = jax.random.normal(jax.random.key(9), kernel.shape) * 3.0
 
     def amplify(hift):
         hift.conv_post.bias[...] += 2.0  # loud: the limiter has work
 
-    flow, hift = build(FLOW, edit=wake), build(HIFT, edit=amplify)
+    flow, hift = build(flow_config, edit=wake), build(hift_config, edit=amplify)
     return TokenVocoder(flow, hift, bucket_groups=(4, 12))
 
 
+@pytest.fixture(scope="module")
+def vocoder(build):
+    return _vocoder(build, FLOW, HIFT)
+
+
+@pytest.fixture(scope="module")
+def paired(build):
+    return _vocoder(build, PAIRED_FLOW, HIFT_FRAMES)
+
+
 @settings(max_examples=15, deadline=None)
-@given(codes=st.lists(st.integers(0, 29), min_size=5, max_size=60), seed=st.integers(0, 3))
-def test_any_codes_give_finite_samples_in_range(vocoder, codes, seed):
-    samples = vocoder.synthesize(codes, SPEAKER, seed=seed)
+@given(
+    codes=st.lists(st.integers(0, 29), min_size=5, max_size=60),
+    seed=st.integers(0, 3),
+    is_paired=st.booleans(),
+)
+def test_any_codes_give_finite_samples_in_range(vocoder, paired, codes, seed, is_paired):
+    samples = (paired if is_paired else vocoder).synthesize(codes, SPEAKER, seed=seed)
     assert samples.dtype == np.float32
-    assert samples.shape == (len(codes) // 5 * 1920,)
+    groups = -(-len(codes) // 5)
+    assert samples.shape == (groups * 1920 if is_paired else len(codes) * 8 // 5 * 240,)
     assert np.isfinite(samples).all() and np.abs(samples).max() <= 1.0
 
 
-def test_same_seed_same_samples_and_tail_is_dropped(vocoder):
+def test_same_seed_same_samples(vocoder):
     codes = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     first = vocoder.synthesize(codes, SPEAKER, seed=1)
-    np.testing.assert_array_equal(first, vocoder.synthesize([*codes, 11, 12], SPEAKER, seed=1))
+    np.testing.assert_array_equal(first, vocoder.synthesize(codes, SPEAKER, seed=1))
     assert np.abs(first - vocoder.synthesize(codes, SPEAKER, seed=2)).max() > 0
+
+
+def test_an_odd_tail_has_its_share_of_the_frames(vocoder):
+    codes = [1, 2, 3, 4, 5, 6, 7]
+    assert vocoder.mel(codes, SPEAKER).shape == (11, 6)  # 8 of five codes, 3 of 3.2 of two more
+    assert np.abs(vocoder.mel([*codes[:-1], 8], SPEAKER) - vocoder.mel(codes, SPEAKER)).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("tail", "added"),
+    [
+        ([3], [0, 10, 10, 10]),
+        ([3, 4], [10, 10, 10]),
+        ([3, 4, 15], [10, 10]),
+        ([3, 4, 15, 16], [10]),
+    ],
+)
+def test_an_odd_tail_of_pairs_is_filled_up(paired, tail, added):
+    codes = [1, 2, 13, 14, 15]
+    np.testing.assert_array_equal(
+        paired.mel([*codes, *tail], SPEAKER), paired.mel([*codes, *tail, *added], SPEAKER)
+    )
+
+
+def test_pairs_after_a_prompt(paired):
+    """The prompt is no part of the output but heard in it; its odd tail is left out."""
+    codes, prompt = [1, 2, 13, 14, 15], [5, 6, 17, 18, 19]
+    mel = np.random.default_rng(0).normal(size=(9, 6)).astype(np.float32)
+    alone = paired.mel(codes, SPEAKER)
+    after = paired.mel(codes, SPEAKER, prompt_codes=prompt, prompt_mel=mel)
+    assert alone.shape == after.shape == (6, 6)
+    assert np.abs(alone - after).max() > 1e-3
+    longer = paired.mel(codes, SPEAKER, prompt_codes=[*prompt, 1, 2], prompt_mel=mel)
+    np.testing.assert_array_equal(after, longer)
+    with pytest.raises(UserError, match="prompt_mel"):
+        paired.mel(codes, SPEAKER, prompt_codes=prompt, prompt_mel=mel[:5])
 
 
 def test_prompt_is_not_part_of_the_output(vocoder):
