@@ -6,7 +6,8 @@ guidance), and in half of the rows a random prefix of up to 30 % of the mel give
 
 Choices: the mel is computed here from the batch's waveform, so nothing but audio and codes is
 stored; frames count as far as both the codes and the audio reach; times are stratified over a
-batch, which lowers the variance of the gradient and of the logged loss.
+batch, which lowers the variance of the gradient and of the logged loss. Rows that train as a stream
+draw their own chunks; CosyVoice-2 draws once for a batch and has one length of chunk.
 """
 
 import dataclasses
@@ -37,6 +38,10 @@ class FlowMatchingObjective:
         others train mu only, which is much cheaper than the U-Net. Below 1 only with
         `prior_weight`. Published: 1.
       prompt_fraction: longest prefix, as a share of the utterance.
+      stream_probability: share of rows, in training, whose velocity sees as little as a stream
+        would (`PairedFlow.stream_bias`): its chunk, the frames shortly before it and the prompt.
+        0 = all rows are whole; only the paired flow can stream. CosyVoice-2: 0.5.
+      stream_chunk_frames: shortest and longest chunk of such rows. CosyVoice-2: 50 and 50.
     """
 
     mel: MelConfig = MelConfig()
@@ -45,8 +50,16 @@ class FlowMatchingObjective:
     prompt_fraction: float = 0.3
     prior_weight: float = 0.0
     velocity_share: float = 1.0
+    stream_probability: float = 0.0
+    stream_chunk_frames: tuple[int, int] = (50, 50)
 
     def __post_init__(self):
+        shortest, longest = self.stream_chunk_frames
+        if not 1 <= shortest <= longest:
+            raise UserError(
+                f"FlowMatchingObjective.stream_chunk_frames={self.stream_chunk_frames}: give the "
+                "shortest and the longest chunk in frames, 1 at least"
+            )
         lowest = 0.0 if self.prior_weight else 1.0
         if not lowest <= self.velocity_share <= 1.0:
             raise UserError(
@@ -55,7 +68,11 @@ class FlowMatchingObjective:
             )
 
     def __call__(self, model, batch, rng: jax.Array, train: bool):
-        """See the class; `rng` draws times, noise, prefixes, dropped conditions and dropout."""
+        """See the class; `rng` draws times, noise, prefixes, dropped conditions, chunks, dropout.
+
+        Raises:
+          UserError: rows are to train as a stream and the model cannot stream.
+        """
         rngs = jax.random.split(rng, 5)
         audio_lengths = batch["audio_lengths"]
         log_mel = mel_spectrogram(batch["audio"], self.mel, audio_lengths)
@@ -89,8 +106,13 @@ class FlowMatchingObjective:
     def _velocity_error(self, model, conditions, target, frames, rngs, train: bool):
         """(summed squared error of the velocity, number of its entries) at random times."""
         rows, size, mels = target.shape
+        streaming = {}
         if train:
-            conditions = conditions.replace(prompt=target * self._prefix(frames, size, rngs[0]))
+            prefix = self._prefix(frames, rngs[0])
+            conditions = conditions.replace(prompt=target * length_mask(prefix, size))
+            if self.stream_probability:
+                chunk_rng = jax.random.fold_in(rngs[0], 1)
+                streaming["bias"] = self._stream_bias(model, prefix, size, chunk_rng)
             kept = jax.random.uniform(rngs[1], (rows,)) >= self.condition_dropout
             conditions = conditions.keep(kept.astype(jnp.float32))
         # Stratified over the batch: every row's time is uniform, the batch covers the whole path.
@@ -99,17 +121,32 @@ class FlowMatchingObjective:
         noise = jax.random.normal(rngs[3], target.shape)
         shrink = 1.0 - model.config.sigma_min
         t = time[:, None, None]
-        velocity = model.velocity((1.0 - shrink * t) * noise + t * target, time, conditions)
+        x = (1.0 - shrink * t) * noise + t * target
+        velocity = model.velocity(x, time, conditions, **streaming)
         squared = jnp.square(velocity - (target - shrink * noise)) * conditions.mask
         return squared.sum(), conditions.mask.sum() * mels
 
-    def _prefix(self, frames, size: int, rng):
-        """Float32 [B, F, 1]: 1 on a random prefix of some rows."""
+    def _prefix(self, frames, rng):
+        """Int32 [B]: frames of a random prefix in some rows, 0 in the others."""
         pick_rng, length_rng = jax.random.split(rng)
         picked = jax.random.uniform(pick_rng, frames.shape) < self.prompt_probability
         longest = self.prompt_fraction * frames.astype(jnp.float32)
         length = jnp.floor(jax.random.uniform(length_rng, frames.shape) * (longest + 1.0))
-        return length_mask(jnp.where(picked, length, 0.0), size)
+        return jnp.where(picked, length, 0.0).astype(jnp.int32)
+
+    def _stream_bias(self, model, prefix, size: int, rng):
+        """Scores float32 [B, 1, F, F] to add: of a stream in some rows, 0 in the others."""
+        if not hasattr(model, "stream_bias"):
+            raise UserError(
+                f"FlowMatchingObjective.stream_probability={self.stream_probability}: a "
+                f"{type(model).__name__} cannot stream; give 0"
+            )
+        pick_rng, chunk_rng = jax.random.split(rng)
+        shortest, longest = self.stream_chunk_frames
+        chunks = jax.random.randint(chunk_rng, prefix.shape, shortest, longest + 1)
+        picked = jax.random.uniform(pick_rng, prefix.shape) < self.stream_probability
+        bias = model.stream_bias(size, prefix, chunks)
+        return jnp.where(picked[:, None, None, None], bias, 0.0)
 
 
 def _fit(mel, size: int):

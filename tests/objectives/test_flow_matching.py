@@ -8,11 +8,13 @@ from flax import nnx
 from t5x_audio.audio.features import MelConfig, mel_spectrogram
 from t5x_audio.errors import UserError
 from t5x_audio.objectives.flow_matching import FlowMatchingObjective
-from tests.toy_vocoder import FLOW
+from tests.toy_vocoder import FLOW, PAIRED_FLOW
 
 MEL = MelConfig(sample_rate=16000, n_fft=256, hop=240, win=256, num_mels=6)
 OBJECTIVE = FlowMatchingObjective(mel=MEL)
 _make = nnx.jit(lambda: FLOW.make(nnx.Rngs(0)))
+_make_paired = nnx.jit(lambda: PAIRED_FLOW.make(nnx.Rngs(0)))
+PAIRED_MEL = MelConfig(sample_rate=16000, n_fft=640, hop=320, win=640, num_mels=6)
 _evaluate = nnx.jit(lambda m, b: OBJECTIVE(m, b, jax.random.key(0), False))
 
 
@@ -48,15 +50,24 @@ def test_what_lies_in_the_padding_does_not_matter(batch):
     np.testing.assert_allclose(_evaluate(model, batch)[0], _evaluate(model, dirty)[0], rtol=1e-5)
 
 
-def test_training_lowers_the_loss(batch):
-    graph, params = nnx.split(_make())
-
+@pytest.mark.parametrize("form", ["interleaved", "paired", "paired, as streams"])
+def test_training_lowers_the_loss(batch, form):
+    make, objective = _make, OBJECTIVE
+    if form != "interleaved":
+        share = 0.5 if form.endswith("streams") else 0.0
+        make, objective = (
+            _make_paired,
+            FlowMatchingObjective(
+                mel=PAIRED_MEL, stream_probability=share, stream_chunk_frames=(2, 5)
+            ),
+        )
+    graph, params = nnx.split(make())
     adam = optax.adam(1e-2)
 
     @jax.jit
     def step(params, moments, rng):
         def loss(params):
-            return OBJECTIVE(nnx.merge(graph, params), batch, rng, True)[0]
+            return objective(nnx.merge(graph, params), batch, rng, True)[0]
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, moments = adam.update(grads, moments)
@@ -68,6 +79,40 @@ def test_training_lowers_the_loss(batch):
         losses.append(float(value))
     assert np.isfinite(losses).all()
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_rows_as_streams_see_what_a_stream_sees():
+    """Of 400 rows about half; prefix, own chunk and the frames shortly before it."""
+    objective = FlowMatchingObjective(
+        mel=PAIRED_MEL, stream_probability=0.5, stream_chunk_frames=(3, 6)
+    )
+    model = nnx.eval_shape(lambda: PAIRED_FLOW.make(nnx.Rngs(0)))
+    prefix = jnp.asarray(np.arange(400) % 4, jnp.int32)
+    bias = jax.jit(lambda p, rng: objective._stream_bias(model, p, 12, rng))
+    visible = np.asarray(bias(prefix, jax.random.key(0)))[:, 0] == 0.0
+    whole = visible.all((1, 2))
+    assert 0.4 < whole.mean() < 0.6
+    widths = set()
+    for row in np.flatnonzero(~whole):
+        start, last = int(prefix[row]), visible[row, prefix[row]]
+        width = int(last[start:].sum())
+        widths.add(width)
+        chunk = np.maximum(np.arange(12) - start, -1) // width
+        look_back = PAIRED_FLOW.estimator.look_back_frames
+        begin = np.where(chunk < 0, 0, start + chunk * width)
+        seen = (chunk[None] <= chunk[:, None]) & (
+            (np.arange(12) >= begin[:, None] - look_back) | (np.arange(12) < start)
+        )
+        np.testing.assert_array_equal(visible[row], seen)
+    assert widths == {3, 4, 5, 6}
+
+
+def test_what_cannot_stream_is_refused(batch):
+    objective = FlowMatchingObjective(mel=MEL, stream_probability=1.0)
+    with pytest.raises(UserError, match="FlowMatching cannot stream"):
+        objective(_make(), batch, jax.random.key(0), True)
+    with pytest.raises(UserError, match="stream_chunk_frames"):
+        FlowMatchingObjective(stream_chunk_frames=(4, 3))
 
 
 def test_prior_adds_the_squared_error_of_mu(batch):
@@ -123,8 +168,6 @@ def test_a_share_that_would_train_nothing_is_refused(weight, share):
 
 def test_prefix_is_short_and_in_about_half_of_the_rows():
     frames = jnp.full(400, 50)
-    prefix = np.asarray(OBJECTIVE._prefix(frames, 50, jax.random.key(0)))[..., 0]
-    lengths = prefix.sum(1)
+    lengths = np.asarray(OBJECTIVE._prefix(frames, jax.random.key(0)))
     assert lengths.max() <= 15
     assert 0.4 < (lengths > 0).mean() < 0.6
-    np.testing.assert_array_equal(prefix, np.arange(50) < lengths[:, None])
