@@ -1,10 +1,12 @@
-"""What HiFT minimises: adversarial, feature-matching, mel and F0 terms (HiFi-GAN, CosyVoice-1).
+"""What HiFT minimises: adversarial, feature-matching, mel and F0 terms (HiFi-GAN, CosyVoice).
 
 Choices:
-- Least-squares GAN (Mao et al. 2017); feature matching is the mean absolute difference of hidden
-  layers; the reconstruction term is an L1 of log-mels at several resolutions, the first of which is
-  the generator's own input mel; F0 is an L1 in Hz on frames the estimator calls voiced, in units of
-  `f0_scale`, plus the same on unvoiced frames towards 0, so that voicing is learnt too.
+- Least-squares GAN (Mao et al. 2017), and for both players its truncated pointwise relativistic
+  term (Wang et al. 2021, arXiv 2103.14245) as CosyVoice has it; feature matching is the mean
+  absolute difference of hidden layers; the reconstruction term is an L1 of log-mels at several
+  resolutions, the first of which is the generator's own input mel; F0 is an L1 in Hz on frames the
+  estimator calls voiced, in units of `f0_scale`, plus the same on unvoiced frames towards 0, so
+  that voicing is learnt too.
 - While training, the source is driven by the estimator's F0 (`source_f0 = 'target'`): the filter
   learns from the first step with the right pitch. With 'predicted' it is the published behaviour.
 - Batch: `audio` float32 [B, T] in [-1, 1], segments without padding, T a multiple of the hop.
@@ -30,8 +32,10 @@ class GanObjective:
       f0: estimator of the F0 targets; same hop and rate as `mel`.
       source_f0: 'target' or 'predicted': what drives the source in training.
       mel_weight: of the reconstruction term.
-      feature_weight: of feature matching.
+      feature_weight: of feature matching. CosyVoice: 4, which its code says as 2 times 2.
       adversarial_weight: of the adversarial term.
+      relativistic_weight: of the relativistic term. CosyVoice: 1; 0 = without.
+      relativistic_limit: what it can cost at most, of each discriminator.
       f0_weight: of the F0 term.
       f0_scale: Hz that count as an F0 error of 1.
     """
@@ -43,6 +47,8 @@ class GanObjective:
     mel_weight: float = 45.0
     feature_weight: float = 2.0
     adversarial_weight: float = 1.0
+    relativistic_weight: float = 0.0
+    relativistic_limit: float = 0.04
     f0_weight: float = 1.0
     f0_scale: float = 1.0
 
@@ -88,17 +94,38 @@ class GanObjective:
         adversarial = sum(jnp.mean(jnp.square(score - 1.0)) for score, _ in fakes)
         matching = feature_matching(fakes, reals)
         loss = self.adversarial_weight * adversarial + self.feature_weight * matching
+        loss = loss + self._relativistic(fakes, reals)
         return loss, {"generator_adversarial": adversarial, "feature_matching": matching}
 
     def discriminator_loss(self, discriminator, fake, real):
         """Least-squares loss of the discriminators; `fake` must carry no gradient."""
+        reals, fakes = discriminator(real), discriminator(fake)
         losses = [
             jnp.mean(jnp.square(score_real - 1.0)) + jnp.mean(jnp.square(score_fake))
-            for (score_real, _), (score_fake, _) in zip(
-                discriminator(real), discriminator(fake), strict=True
-            )
+            for (score_real, _), (score_fake, _) in zip(reals, fakes, strict=True)
         ]
-        return sum(losses)
+        return sum(losses) + self._relativistic(reals, fakes)
+
+    def _relativistic(self, better, worse):
+        """The weighted relativistic term of the player who wants `better` judged above `worse`."""
+        if not self.relativistic_weight:
+            return 0.0
+        terms = [
+            jnp.minimum(relativistic(a, b), self.relativistic_limit)
+            for (a, _), (b, _) in zip(better, worse, strict=True)
+        ]
+        return self.relativistic_weight * sum(terms)
+
+
+def relativistic(better: jax.Array, worse: jax.Array) -> jax.Array:
+    """How far scores of `better` fall behind those of `worse` more than most do; same shapes.
+
+    The mean square of difference less median, over the places where it is negative; 0 if nowhere.
+    """
+    difference = (better - worse).ravel()
+    behind = difference - jnp.sort(difference)[(difference.size - 1) // 2]
+    count = jnp.sum(behind < 0.0)
+    return jnp.sum(jnp.square(jnp.minimum(behind, 0.0))) / jnp.maximum(count, 1)
 
 
 def feature_matching(fakes, reals) -> jax.Array:

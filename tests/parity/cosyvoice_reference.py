@@ -20,7 +20,17 @@ def _module(name: str, **attributes) -> types.ModuleType:
     return module
 
 
-_LEFT_OUT = {
+def _without(left_out: dict[str, dict], names) -> dict[str, types.ModuleType]:
+    """Modules of CosyVoice by name, imported with nearly empty ones in place of `left_out`."""
+    absent = {name: a for name, a in left_out.items() if name not in sys.modules}
+    sys.modules.update({name: _module(name, **attributes) for name, attributes in absent.items()})
+    found = {name: importlib.import_module(f"cosyvoice.{name}") for name in names}
+    for name in absent:
+        del sys.modules[name]
+    return found
+
+
+_MODELS_LEAVE_OUT = {
     "omegaconf": {"DictConfig": dict},
     "conformer": {"ConformerBlock": object},
     "matcha.utils": {},
@@ -29,15 +39,15 @@ _LEFT_OUT = {
     "cosyvoice.cli.model": {"CosyVoiceModel": None, "CosyVoice2Model": None},
     "cosyvoice.utils.file_utils": {"logging": logging},
 }
-_NAMES = (
+_MODELS = (
     "flow.flow", "flow.flow_matching", "flow.decoder", "flow.length_regulator",
     "transformer.encoder", "hifigan.generator", "hifigan.f0_predictor",
 )  # fmt: skip
-_absent = {name: a for name, a in _LEFT_OUT.items() if name not in sys.modules}
-sys.modules.update({name: _module(name, **attributes) for name, attributes in _absent.items()})
-_found = {name: importlib.import_module(f"cosyvoice.{name}") for name in _NAMES}
-for _name in _absent:
-    del sys.modules[_name]
+_found = _without(_MODELS_LEAVE_OUT, _MODELS)
+# After the models: what they import would take it for the real one.
+_TORCHAUDIO = {"torchaudio": {}, "torchaudio.transforms": {"Spectrogram": None}}
+_judges = _without(_TORCHAUDIO, ("hifigan.discriminator", "utils.losses"))
+_hifigan = importlib.import_module("matcha.hifigan.models")
 
 # Its __init__ imports recordings' tools; an empty package in its place finds the modules.
 _place = importlib.util.find_spec("stepaudio2").submodule_search_locations
@@ -52,6 +62,7 @@ _successor = {
 _successor_source = importlib.import_module(
     "stepaudio2.flashcosyvoice.modules.hifigan_components.layers"
 )
+_audio = importlib.import_module("stepaudio2.flashcosyvoice.utils.audio")
 
 # Theirs refuses float64.
 _found["flow.decoder"].mask_to_bias = lambda mask, dtype: (1.0 - mask.to(dtype)) * -1.0e10
@@ -115,6 +126,40 @@ def hift(**sizes) -> torch.nn.Module:
 def successor_source() -> torch.nn.Module:
     """The source of Step-Audio 2's HiFT."""
     return _successor_source.SourceModuleHnNSF2(24000, 480, 8, 0.1, 0.003, 10)
+
+
+def log_mel(samples, *settings) -> torch.Tensor:
+    """Step-Audio 2's copy of Matcha-TTS's mel, in float64: [B, T] -> [B, mels, frames]."""
+    _audio.mel_basis.clear()  # its caches are not told apart by rate and size
+    _audio.hann_window.clear()
+    _audio.mel_spectrogram(samples, *settings)
+    for cache in (_audio.mel_basis, _audio.hann_window):
+        cache.update({name: tensor.double() for name, tensor in cache.items()})
+    return _audio.mel_spectrogram(samples.double(), *settings)
+
+
+def discriminators() -> torch.nn.Module:
+    """`MultipleDiscriminator` of cosyvoice.yaml."""
+    torch.manual_seed(0)
+    module = _judges["hifigan.discriminator"]
+    periods = _hifigan.MultiPeriodDiscriminator()
+    return shaken(module.MultipleDiscriminator(periods, module.MultiResSpecDiscriminator()))
+
+
+def gan_losses(discriminator, real, fake) -> dict[str, float]:
+    """The terms of `HiFiGan` through its discriminators, and with its weights their sums."""
+    reals, fakes, real_layers, fake_layers = discriminator(real, fake)
+    adversarial = _hifigan.generator_loss(fakes)[0]
+    matching = _hifigan.feature_loss(real_layers, fake_layers)
+    judged = _hifigan.discriminator_loss(reals, fakes)[0]
+    return {
+        "adversarial": float(adversarial),
+        "generator": float(adversarial + 2.0 * matching + relativistic(fakes, reals, 0.04)),
+        "discriminator": float(judged + relativistic(reals, fakes, 0.04)),
+    }
+
+
+relativistic = _judges["utils.losses"].tpr_loss
 
 
 class DualCodebookEmbedding(torch.nn.Module):

@@ -1,4 +1,5 @@
-"""What both tokenizers hear, against FunASR, Kaldi, transformers, librosa and a long sinc filter.
+"""What tokenizers and vocoder hear, against FunASR, Kaldi, transformers, librosa, CosyVoice and a
+long sinc filter.
 
 Speech: the recordings of conftest.py; made louder, quieter, longer and of other rates as needed.
 """
@@ -23,6 +24,7 @@ with contextlib.redirect_stdout(io.StringIO()):  # it asks for packages that are
 from t5x_audio.audio import features, transforms
 from t5x_audio.audio import io as audio_io
 from t5x_audio.interop import paraformer
+from tests.parity import cosyvoice_reference
 
 FRONT_END = {
     "fs": 16000, "window": "hamming", "n_mels": 80, "frame_length": 25, "frame_shift": 10,
@@ -91,6 +93,32 @@ def test_whisper_log_mel(speech):
         difference = np.abs(got - want)
         print(f"{len(whole)} samples: largest {difference.max():.1e}")
         assert difference.mean() < 1e-5 and difference.max() < 5e-4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        features.MelConfig(),  # CosyVoice-1
+        features.MelConfig(24000, n_fft=1920, hop=480, win=1920),  # its successors
+        features.MelConfig(24000, fmax=None),  # what their HiFT is trained to match
+    ],
+    ids=["22k", "24k", "24k loss"],
+)
+def test_vocoder_log_mel(speech, config):
+    """The recordings count as ones of the vocoder's rate."""
+    for samples in variants(speech):
+        if len(samples) < config.n_fft:
+            continue
+        want = cosyvoice_reference.log_mel(
+            torch.tensor(samples)[None], config.n_fft, config.num_mels, config.sample_rate,
+            config.hop, config.win, config.fmin, config.fmax,
+        )[0].T.numpy()  # fmt: skip
+        got = np.asarray(features.mel_spectrogram(jnp.asarray(samples), config))
+        assert got.shape == want.shape
+        difference = np.abs(got - want)
+        print(f"{len(samples)} samples: largest {difference.max():.1e}")
+        # Ours is float32: quiet bands of a recording with an offset carry its rounding.
+        assert difference.max() < (1e-3 if abs(samples.mean()) > 0.04 else 1e-4)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 24000, 44100, 48000, 96000])
