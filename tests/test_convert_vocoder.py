@@ -20,7 +20,7 @@ from t5x_audio.training import checkpoints
 from t5x_audio.vocoder.conformer import ConformerConfig
 from t5x_audio.vocoder.dit import DitConfig
 from t5x_audio.vocoder.flow import FlowConfig
-from t5x_audio.vocoder.hift import HiftConfig
+from t5x_audio.vocoder.hift import HIFT_24K, HiftConfig
 from t5x_audio.vocoder.paired_flow import PairedFlowConfig
 from t5x_audio.vocoder.unet import UnetConfig
 from t5x_audio.vocoder.upsampling_conformer import UpsamplingConformerConfig
@@ -35,16 +35,15 @@ PAIRED = PairedFlowConfig(
     encoder=UpsamplingConformerConfig(FLOW.encoder, 3, 2, 2),
     estimator=DitConfig(16, 3, 2, 8, 24),
 )  # fmt: skip
-HIFT = HiftConfig()
 
 
 def random_model(config):
-    """Every parameter another random array."""
-    model = config.make(nnx.Rngs(0))
+    """Every parameter another random array, drawn by numpy: nothing to compile."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: config.make(nnx.Rngs(0))))
     rng = np.random.default_rng(1)
-    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        variable[...] = rng.normal(size=variable.shape).astype(np.float32)
-    return model
+    return nnx.merge(
+        graph, jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), state)
+    )
 
 
 @pytest.mark.parametrize(("config", "form"), [(FLOW, cosyvoice_flow), (PAIRED, stepaudio2_flow)])
@@ -68,10 +67,12 @@ def test_a_flow_comes_back_and_its_sizes_are_read_off_the_file(tmp_path, config,
         convert.run(model_dir=run, to_flow=str(file))
 
 
-def test_hift_comes_back(tmp_path):
+@pytest.mark.parametrize("config", [HiftConfig(), HIFT_24K], ids=["22k", "24k"])
+def test_hift_comes_back(tmp_path, config):
     file, run = tmp_path / "hift.pt", str(tmp_path / "run")
-    cosyvoice_hift.save(random_model(HIFT), file)
+    cosyvoice_hift.save(random_model(config), file)
     assert convert.run(model_dir=run, from_hift=str(file))["hift_tensors"] > 200
+    assert checkpoints.load_config(f"{run}/hift", "generator") == config
     assert convert.run(model_dir=run, from_hift=str(file))["hift_tensors"] > 200  # there already
     convert.run(model_dir=run, to_hift=str(tmp_path / "back.pt"))
     assert (tmp_path / "back.pt").read_bytes() == file.read_bytes()
@@ -86,9 +87,13 @@ def test_what_a_file_cannot_say_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             cosyvoice_flow.require_published_form(FlowConfig(**change))
-    hift = HiftConfig(base_channels=16, f0_channels=8, filters_source=True).make(nnx.Rngs(0))
-    with pytest.raises(UserError, match="filters_source is True"):
-        cosyvoice_hift.save(hift, tmp_path / "hift.pt")
+    small = {"base_channels": 16, "f0_channels": 8}
+    for config, message in (
+        (HiftConfig(filters_source=True, **small), "filters_source is True"),
+        (dataclasses.replace(HIFT_24K, source_phase="samples", **small), "source_phase is samples"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cosyvoice_hift.save(random_model(config), tmp_path / "hift.pt")
 
 
 def test_wrong_files_are_named_and_nothing_is_left(tmp_path):

@@ -78,6 +78,14 @@ class MelConfig:
         return samples // self.hop
 
 
+def mel_configs(sample_rate: int, sizes) -> tuple[MelConfig, ...]:
+    """One `MelConfig` for each row (n_fft, hop, win, num_mels or None, fmax or None)."""
+    return tuple(
+        MelConfig(sample_rate, n_fft, hop, win, num_mels, fmax=fmax)
+        for n_fft, hop, win, num_mels, fmax in sizes
+    )
+
+
 def kaldi_fbank(samples, lengths=None, config: KaldiFbankConfig = KaldiFbankConfig()):
     """Kaldi filterbank energies.
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
-from t5x_audio.audio import transforms
+from t5x_audio.audio import io, transforms
 from t5x_audio.data import buckets, corpus, records
 from t5x_audio.errors import UserError
 from t5x_audio.sequences.vocabulary import Vocabulary
@@ -254,7 +254,7 @@ class FlowBatches(_Batches):
     """Speech with its codes and its speaker, for training flow matching.
 
     A batch: audio float32 [B, T], audio_lengths int32 [B], codes int32 [B, N] (flat local codes, 0
-    behind the end; N = 5 T / 1920), code_lengths int32 [B], speaker_embedding float32 [B, D].
+    behind the end; five to 0.12 s), code_lengths int32 [B], speaker_embedding float32 [B, D].
     """
 
     def __init__(
@@ -269,6 +269,7 @@ class FlowBatches(_Batches):
         seed: int = 0,
         max_eval_batches: int | None = None,
         embeddings_file: str = "speaker_embeddings.npz",
+        sample_rate: int = RATE,
     ):
         """Opens the corpora and their tokens; speaker embeddings that lack are made with batches.
 
@@ -276,6 +277,7 @@ class FlowBatches(_Batches):
           run_dir: holds corpus/, tokens/ and vocabulary/; clips without tokens are left out.
           embed: waveforms float32 [T] each -> float32 [N, D]; None = the file must be complete.
           embeddings_file: under tokens/, one embedding a clip.
+          sample_rate: of `audio`, Hz. Corpora have 16 kHz: a higher rate has nothing above 8 kHz.
 
         The other arguments are those of `AudioBatches`.
         """
@@ -288,7 +290,7 @@ class FlowBatches(_Batches):
         ]
         self._shape = (bucket_seconds, batch_seconds, rows_multiple_of, seed)
         self._embeddings_path = os.path.join(run_dir, "tokens", embeddings_file)
-        self._embed = embed
+        self._embed, self._sample_rate = embed, sample_rate
         self._codes: dict[str, np.ndarray] = {}
         self._speakers: dict[str, np.ndarray] = {}
         self._train = self._open("train")
@@ -337,7 +339,8 @@ class FlowBatches(_Batches):
         width = -(-bucket.samples // SAMPLES_PER_GROUP) * dual_codebook.GROUP_SIZE
         codes = [self._codes[key][:width] for key in keys]
         speakers = np.stack([self._speakers[key] for key in keys]).astype(np.float32)
-        audio = pad_audio([index.samples(i) for i in chosen], bucket.samples)
+        waveforms = [io.resample(index.samples(i), RATE, self._sample_rate) for i in chosen]
+        audio = pad_audio(waveforms, round(bucket.samples * self._sample_rate / RATE))
         return audio | _pad_ids(codes, width, "code") | {"speaker_embedding": speakers}
 
 
@@ -357,13 +360,16 @@ class SegmentBatches(_Batches):
         batch_size: int = 16,
         seed: int = 0,
         max_eval_batches: int | None = None,
+        sample_rate: int = RATE,
     ):
         """Opens the corpora of a run; `segment_seconds` T and `batch_size` B are of the batches.
 
-        The other arguments are those of `AudioBatches`.
+        `sample_rate` is that of `FlowBatches`, the other arguments are those of `AudioBatches`.
         """
         self.max_eval_batches = max_eval_batches
-        self._segment = round(segment_seconds * RATE)
+        self._sample_rate = sample_rate
+        self._samples = round(segment_seconds * sample_rate)
+        self._segment = -(-self._samples * RATE // sample_rate)  # of the corpus
         self._batch_size, self._seed = batch_size, seed
         self._directories, self._roles = corpora_of(run_dir, corpora), roles
         self._train = self._open("train")
@@ -384,8 +390,9 @@ class SegmentBatches(_Batches):
             samples = index.samples(i)
             spare = max(0, len(samples) - self._segment)
             start = spare // 2 if rng is None else int(rng.integers(spare + 1))
-            pieces.append(samples[start : start + self._segment])
-        return pad_audio(pieces, self._segment)
+            piece = samples[start : start + self._segment]
+            pieces.append(io.resample(piece, RATE, self._sample_rate))
+        return pad_audio(pieces, self._samples)
 
 
 def _plan(lengths, bucket_seconds, batch_seconds, rows_multiple_of, seed, split):

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -86,22 +87,27 @@ def from_ours(wanted: Iterable[Tensor], arrays: Mapping[str, np.ndarray]) -> dic
 
 def build(config, arrays: Mapping[str, np.ndarray]) -> nnx.Module:
     """The model of `config` with these values, by name; what has none stays as it is made new."""
-    model = config.make(nnx.Rngs(0))
-    state = nnx.state(model)
-    unset = set(arrays)
-    for path, variable in nnx.to_flat_state(state):
-        name = "/".join(str(part) for part in path)
-        if name in arrays:
-            if variable.shape != arrays[name].shape:
-                raise ValueError(f"{name} is {variable.shape}, not {arrays[name].shape}")
-            variable[...] = arrays[name]
-            unset.discard(name)
-        elif isinstance(variable, nnx.Param):
+    model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    names = {name_of(path): variable for path, variable in nnx.to_flat_state(state)}
+    for name, variable in names.items():
+        if name not in arrays and isinstance(variable, nnx.Param):
             raise ValueError(f"no value for {name}")
-    if unset:
-        raise ValueError(f"no parameter is named {sorted(unset)[0]}")
-    nnx.update(model, state)
-    return model
+        if name in arrays and variable.shape != arrays[name].shape:
+            raise ValueError(f"{name} is {variable.shape}, not {arrays[name].shape}")
+    if unknown := sorted(arrays.keys() - names):
+        raise ValueError(f"no parameter is named {unknown[0]}")
+    if names.keys() - arrays.keys():  # making it costs more than filling an abstract one
+        graph, state = nnx.split(config.make(nnx.Rngs(0)))
+    for path, variable in nnx.to_flat_state(state):
+        if name_of(path) in arrays:
+            variable.set_value(jnp.asarray(arrays[name_of(path)]))
+    return nnx.merge(graph, state)
+
+
+def name_of(path: Iterable) -> str:
+    """'layers/query/kernel' of a place in a state."""
+    return "/".join(str(part) for part in path)
 
 
 def load_torch(path, config, wanted: Sequence[Tensor], weights: Mapping[str, np.ndarray]):
@@ -122,7 +128,7 @@ def save_torch(model: nnx.Module, path: pathlib.Path, wanted: Sequence[Tensor]) 
 def arrays_of(model: nnx.Module) -> dict[str, np.ndarray]:
     """{name: array} of the model's parameters and variables."""
     return {
-        "/".join(str(part) for part in path): np.asarray(variable[...])
+        name_of(path): np.asarray(variable[...])
         for path, variable in nnx.to_flat_state(nnx.state(model))
         if not isinstance(variable, nnx.RngState)
     }

@@ -17,7 +17,7 @@ from flax import nnx
 
 from t5x_audio.errors import UserError
 
-_SCHEDULES = ("cosine", "linear", "constant")
+_SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,11 @@ class _Scheduled(abc.ABC):
 
     Attributes:
       peak_lr: learning rate after the warm-up.
-      total_steps: step at which `end_lr` is reached; not needed by 'constant'.
+      total_steps: step at which `end_lr` is reached; only 'cosine' and 'linear' need it.
       warmup_steps: steps of linear growth from 0.
       end_lr: final learning rate of 'cosine' and 'linear'.
-      schedule: 'cosine', 'linear' or 'constant' after the warm-up.
+      schedule: after the warm-up 'cosine', 'linear', 'constant' or 'inverse_sqrt': as the root of
+        warmup_steps / steps (Vaswani et al. 2017; CosyVoice's WarmupLR).
       weight_decay: decoupled decay per unit of learning rate; matrices only.
       clip_norm: bound of the gradient's global norm; None doesn't clip.
       embedding_lr_multiplier: rate of parameters with a 'vocab' axis relative to the others.
@@ -47,8 +48,10 @@ class _Scheduled(abc.ABC):
     def __post_init__(self):
         if self.schedule not in _SCHEDULES:
             raise UserError(f"schedule={self.schedule!r}: use one of {', '.join(_SCHEDULES)}")
-        if self.schedule != "constant" and self.total_steps is None:
+        if self.schedule in ("cosine", "linear") and self.total_steps is None:
             raise UserError(f"schedule={self.schedule!r} needs total_steps")
+        if self.schedule == "inverse_sqrt" and self.warmup_steps < 1:
+            raise UserError("schedule='inverse_sqrt' needs warmup_steps")
 
     def learning_rate(self, step) -> jax.Array:
         """The backbone's rate at the update with index `step` (0 is the first): float32 scalar."""
@@ -56,6 +59,9 @@ class _Scheduled(abc.ABC):
         warm = jnp.minimum(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         if self.schedule == "constant":
             return jnp.asarray(self.peak_lr * warm, jnp.float32)
+        if self.schedule == "inverse_sqrt":
+            fall = jnp.sqrt(self.warmup_steps / jnp.maximum(step + 1, self.warmup_steps))
+            return self.peak_lr * warm * fall
         span = max(self.total_steps - self.warmup_steps, 1)
         done = jnp.clip((step - self.warmup_steps) / span, 0.0, 1.0)
         left = 1 - done if self.schedule == "linear" else 0.5 * (1 + jnp.cos(jnp.pi * done))

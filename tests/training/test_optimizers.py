@@ -40,6 +40,10 @@ def test_schedule_warms_up_decays_and_stays():
     np.testing.assert_allclose(linear.learning_rate(5), 0.5)
     constant = optimizers.AdamW(peak_lr=1.0, warmup_steps=2, schedule="constant")
     np.testing.assert_allclose([constant.learning_rate(s) for s in (0, 1, 99)], [0.5, 1, 1])
+    root = optimizers.AdamW(peak_lr=1.0, warmup_steps=4, schedule="inverse_sqrt")
+    np.testing.assert_allclose(
+        [root.learning_rate(s) for s in (0, 3, 15, 63)], [0.25, 1, 0.5, 0.25]
+    )
 
 
 def test_adamw_agrees_with_optax():
