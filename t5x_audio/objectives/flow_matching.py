@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from t5x_audio.audio.features import MelConfig, mel_spectrogram
 from t5x_audio.errors import UserError
 from t5x_audio.vocoder.convolution import length_mask
+from t5x_audio.vocoder.ring import equal_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +39,11 @@ class FlowMatchingObjective:
         others train mu only, which is much cheaper than the U-Net. Below 1 only with
         `prior_weight`. Published: 1.
       prompt_fraction: longest prefix, as a share of the utterance.
-      stream_probability: share of rows, in training, whose velocity sees as little as a stream
-        would (`PairedFlow.stream_bias`): its chunk, the frames shortly before it and the prompt.
-        0 = all rows are whole; only the paired flow can stream. CosyVoice-2: 0.5.
-      stream_chunk_frames: shortest and longest chunk of such rows. CosyVoice-2: 50 and 50.
+      stream_probability: share of rows, in training, whose encoder and velocity see as little as a
+        stream would: their chunk, what is shortly before it, and the prompt. 0 = all rows are
+        whole; only the paired flow can stream. CosyVoice-2: 0.5.
+      stream_chunk_positions: shortest and longest chunk of such rows, in pairs of codes, 25 a
+        second. CosyVoice-2: 25 and 25.
     """
 
     mel: MelConfig = MelConfig()
@@ -51,14 +53,14 @@ class FlowMatchingObjective:
     prior_weight: float = 0.0
     velocity_share: float = 1.0
     stream_probability: float = 0.0
-    stream_chunk_frames: tuple[int, int] = (50, 50)
+    stream_chunk_positions: tuple[int, int] = (25, 25)
 
     def __post_init__(self):
-        shortest, longest = self.stream_chunk_frames
+        shortest, longest = self.stream_chunk_positions
         if not 1 <= shortest <= longest:
             raise UserError(
-                f"FlowMatchingObjective.stream_chunk_frames={self.stream_chunk_frames}: give the "
-                "shortest and the longest chunk in frames, 1 at least"
+                f"FlowMatchingObjective.stream_chunk_positions={self.stream_chunk_positions}: give "
+                "the shortest and the longest chunk, 1 at least"
             )
         lowest = 0.0 if self.prior_weight else 1.0
         if not lowest <= self.velocity_share <= 1.0:
@@ -76,16 +78,20 @@ class FlowMatchingObjective:
         rngs = jax.random.split(rng, 5)
         audio_lengths = batch["audio_lengths"]
         log_mel = mel_spectrogram(batch["audio"], self.mel, audio_lengths)
+        frames = jnp.minimum(
+            model.config.mel_lengths(batch["code_lengths"]), self.mel.num_frames(audio_lengths)
+        )
+        prefix, streaming = self._prefix(frames, rngs[1]), {}
+        if train and self.stream_probability:
+            prefix, streaming["chunks"] = self._chunks(model, prefix, batch["codes"], rngs[1])
         conditions = model.conditions(
             batch["codes"],
             batch["code_lengths"],
             batch["speaker_embedding"],
             rng=rngs[0] if train else None,
+            **streaming,
         )
         size = conditions.mu.shape[1]
-        frames = jnp.minimum(
-            model.config.mel_lengths(batch["code_lengths"]), self.mel.num_frames(audio_lengths)
-        )
         mask = length_mask(frames, size)
         target = model.normalise(_fit(log_mel, size)) * mask
         conditions = conditions.replace(mask=mask)
@@ -94,8 +100,8 @@ class FlowMatchingObjective:
         if self.prior_weight:
             rows = max(1, round(self.velocity_share * target.shape[0])) if train else None
             stopped = conditions.replace(mu=jax.lax.stop_gradient(conditions.mu))
-            conditions, target, frames = jax.tree.map(lambda x: x[:rows], (stopped, target, frames))
-        error, count = self._velocity_error(model, conditions, target, frames, rngs[1:], train)
+            conditions, target, prefix = jax.tree.map(lambda x: x[:rows], (stopped, target, prefix))
+        error, count = self._velocity_error(model, conditions, target, prefix, rngs[2:], train)
         metrics = {"velocity_mse": (error, count)}
         loss = error / jnp.maximum(count, 1.0)
         if self.prior_weight:
@@ -103,26 +109,21 @@ class FlowMatchingObjective:
             loss = loss + self.prior_weight * prior / weight
         return loss, metrics
 
-    def _velocity_error(self, model, conditions, target, frames, rngs, train: bool):
+    def _velocity_error(self, model, conditions, target, prefix, rngs, train: bool):
         """(summed squared error of the velocity, number of its entries) at random times."""
         rows, size, mels = target.shape
-        streaming = {}
         if train:
-            prefix = self._prefix(frames, rngs[0])
             conditions = conditions.replace(prompt=target * length_mask(prefix, size))
-            if self.stream_probability:
-                chunk_rng = jax.random.fold_in(rngs[0], 1)
-                streaming["bias"] = self._stream_bias(model, prefix, size, chunk_rng)
-            kept = jax.random.uniform(rngs[1], (rows,)) >= self.condition_dropout
+            kept = jax.random.uniform(rngs[0], (rows,)) >= self.condition_dropout
             conditions = conditions.keep(kept.astype(jnp.float32))
         # Stratified over the batch: every row's time is uniform, the batch covers the whole path.
-        uniform = (jnp.arange(rows) + jax.random.uniform(rngs[2])) / rows
+        uniform = (jnp.arange(rows) + jax.random.uniform(rngs[1])) / rows
         time = 1.0 - jnp.cos(0.5 * jnp.pi * uniform)
-        noise = jax.random.normal(rngs[3], target.shape)
+        noise = jax.random.normal(rngs[2], target.shape)
         shrink = 1.0 - model.config.sigma_min
         t = time[:, None, None]
         x = (1.0 - shrink * t) * noise + t * target
-        velocity = model.velocity(x, time, conditions, **streaming)
+        velocity = model.velocity(x, time, conditions)
         squared = jnp.square(velocity - (target - shrink * noise)) * conditions.mask
         return squared.sum(), conditions.mask.sum() * mels
 
@@ -134,19 +135,26 @@ class FlowMatchingObjective:
         length = jnp.floor(jax.random.uniform(length_rng, frames.shape) * (longest + 1.0))
         return jnp.where(picked, length, 0.0).astype(jnp.int32)
 
-    def _stream_bias(self, model, prefix, size: int, rng):
-        """Scores float32 [B, 1, F, F] to add: of a stream in some rows, 0 in the others."""
-        if not hasattr(model, "stream_bias"):
+    def _chunks(self, model, prefix, codes, rng):
+        """(frames of the prefixes, now of whole positions; `Chunks`, one only in whole rows)."""
+        if not hasattr(model.config, "positions"):
             raise UserError(
                 f"FlowMatchingObjective.stream_probability={self.stream_probability}: a "
                 f"{type(model).__name__} cannot stream; give 0"
             )
-        pick_rng, chunk_rng = jax.random.split(rng)
-        shortest, longest = self.stream_chunk_frames
-        chunks = jax.random.randint(chunk_rng, prefix.shape, shortest, longest + 1)
+        pick_rng, chunk_rng = jax.random.split(jax.random.fold_in(rng, 1))
+        factor = model.config.encoder.up_factor
+        shortest, longest = self.stream_chunk_positions
+        lengths = jax.random.randint(chunk_rng, prefix.shape, shortest, longest + 1)
+        chunks = equal_chunks(model.config.positions(codes.shape[1]), prefix // factor, lengths)
         picked = jax.random.uniform(pick_rng, prefix.shape) < self.stream_probability
-        bias = model.stream_bias(size, prefix, chunks)
-        return jnp.where(picked[:, None, None, None], bias, 0.0)
+        chunks = jax.tree.map(lambda x: jnp.where(_rows(picked, x), x, 0), chunks)
+        return prefix // factor * factor, chunks
+
+
+def _rows(values, like):
+    """[B] with as many axes as `like`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _fit(mel, size: int):

@@ -204,7 +204,8 @@ class ConformerPart(nnx.Module):
           x: [B, T, width].
           mask: float32 [B, T, 1].
           rng: of dropout or None.
-          bias: scores to add, such as `ring.chunk_bias`; None = every position sees all valid ones.
+          bias: scores to add, such as those of `ring.Chunks`; None = every position sees all
+            valid ones.
         """
         config, keys = self.config, None
         positions = jnp.asarray(relative_positions(x.shape[1], config.width), config.dtype)

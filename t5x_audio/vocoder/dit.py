@@ -6,7 +6,7 @@ convolutions tell where a frame is. Source: stepaudio2's cosyvoice2/flow/decoder
 
 Choices:
 - Whole utterances see all of their frames, as published, or only as much as a stream would: its
-  chunk, the frames before it within `look_back_frames`, and the prompt (`ring.chunk_bias`). With
+  chunk, the frames before it within `look_back_frames`, and the prompt (`ring.Chunks`). With
   that the stream gives what the whole gives.
 - Keys and values of a stream stand in a `ring`; a prompt is never overwritten. The reference cuts
   its cache to the same frames.
@@ -194,7 +194,8 @@ class Dit(nnx.Module):
           x: [B, T, n_in], the noisy mel and its conditions side by side.
           mask: float32 [B, T, 1].
           time: float32 [B] in [0, 1].
-          bias: scores to add, such as `ring.chunk_bias`; None = every frame sees all valid ones.
+          bias: scores to add, such as those of `ring.Chunks`; None = every frame sees all
+            valid ones.
 
         Returns:
           float32 [B, T, n_out]; padded frames are 0.

@@ -33,6 +33,7 @@ from t5x_audio.vocoder.convolution import length_mask
 from t5x_audio.vocoder.initialisers import spread
 from t5x_audio.vocoder.layers import linear
 from t5x_audio.vocoder.length_regulator import LengthRegulator
+from t5x_audio.vocoder.ring import Chunks
 from t5x_audio.vocoder.unet import Unet, UnetConfig
 
 CODES_PER_GROUP = 5
@@ -101,7 +102,8 @@ class FlowConfig:
 class Conditions:
     """What the velocity depends on, at mel rate: mu, prompt [B, F, M], speaker [B, M], mask.
 
-    `kept` float [B] is 0 in the rows whose conditions were dropped.
+    `kept` float [B] is 0 in the rows whose conditions were dropped. With `chunks`, at the rate of
+    what was encoded, a flow that can stream sees only what its stream sees.
     """
 
     mu: jax.Array
@@ -109,15 +111,15 @@ class Conditions:
     prompt: jax.Array
     mask: jax.Array
     kept: jax.Array
+    chunks: Chunks | None = None
 
     def keep(self, kept: jax.Array) -> "Conditions":
         """mu, speaker and prompt zeroed together in the rows where `kept` float [B] is 0."""
-        return Conditions(
-            self.mu * kept[:, None, None],
-            self.speaker * kept[:, None],
-            self.prompt * kept[:, None, None],
-            self.mask,
-            self.kept * kept,
+        return self.replace(
+            mu=self.mu * kept[:, None, None],
+            speaker=self.speaker * kept[:, None],
+            prompt=self.prompt * kept[:, None, None],
+            kept=self.kept * kept,
         )
 
     def beside(self, x: jax.Array) -> jax.Array:

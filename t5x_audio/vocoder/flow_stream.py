@@ -119,11 +119,11 @@ class WindowStream:
         return np.concatenate(made)
 
     def finish(self) -> np.ndarray:
-        """The mel of what waits; codes beyond the last whole group are not heard."""
+        """The mel of what waits."""
         made = [self._mel[:0]]
-        while whole := self._waiting - self._waiting % CODES_PER_GROUP:
-            chunk = min(whole, self._sizes.chunk_codes)
-            made.append(self._next(chunk, min(whole - chunk, self._sizes.right_codes)))
+        while waiting := self._waiting:
+            chunk = min(waiting, self._sizes.chunk_codes)
+            made.append(self._next(chunk, min(waiting - chunk, self._sizes.right_codes)))
         return np.concatenate(made)
 
     @property
@@ -203,7 +203,7 @@ class CacheStream:
 
     def finish(self) -> np.ndarray:
         """As of `WindowStream`."""
-        self._codes = self._codes[: len(self._codes) - len(self._codes) % CODES_PER_GROUP]
+        self._codes = self.config.completed(self._codes)
         made = [self._nothing]
         while len(self._codes):
             made.append(self._next())

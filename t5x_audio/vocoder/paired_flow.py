@@ -27,6 +27,7 @@ from t5x_audio.vocoder.flow import (
 )
 from t5x_audio.vocoder.initialisers import spread
 from t5x_audio.vocoder.layers import linear
+from t5x_audio.vocoder.ring import Chunks
 from t5x_audio.vocoder.upsampling_conformer import UpsamplingConformerConfig, UpsamplingState
 
 LINGUISTIC_PER_GROUP, POSITIONS_PER_GROUP = 2, 3
@@ -140,12 +141,12 @@ class PairedFlow(nnx.Module):
         prompt_mel: jax.Array | None = None,
         prompt_code_lengths: jax.Array | None = None,
         rng: jax.Array | None = None,
-        chunks=None,
+        chunks: Chunks | None = None,
     ) -> Conditions:
-        """Encodes codes and speaker.
+        """Encodes codes and speaker; arguments as of `FlowMatching.conditions`, and one more.
 
-        `chunks` as of the encoder, which then sees what a stream sees; the other arguments as of
-        `FlowMatching.conditions`.
+        Args:
+          chunks: of pairs; encoder and estimator see what a stream of such chunks sees. None = all.
         """
         config = self.config
         rows = self._rows(codes)
@@ -159,33 +160,16 @@ class PairedFlow(nnx.Module):
         mask = length_mask(config.mel_lengths(code_lengths), size)
         mu = self.project(self.encoder(x, position_mask, rng, chunks)) * mask
         speaker = self.speaker(normalised(speaker_embedding))
-        return Conditions(mu, speaker, prompt, mask, jnp.ones(codes.shape[0]))
+        return Conditions(mu, speaker, prompt, mask, jnp.ones(codes.shape[0]), chunks)
 
-    def velocity(
-        self, x: jax.Array, time: jax.Array, conditions: Conditions, bias=None
-    ) -> jax.Array:
-        """d x / d t of the flow: x float32 [B, F, M], time float32 [B] -> float32 [B, F, M].
-
-        `bias`: of the estimator.
-        """
-        joined = conditions.beside(x).astype(self.config.estimator.dtype)
+    def velocity(self, x: jax.Array, time: jax.Array, conditions: Conditions) -> jax.Array:
+        """d x / d t of the flow: x float32 [B, F, M], time float32 [B] -> float32 [B, F, M]."""
+        config, bias = self.config, None
+        joined = conditions.beside(x).astype(config.estimator.dtype)
+        if conditions.chunks is not None:
+            chunks = conditions.chunks.repeated(config.encoder.up_factor)
+            bias = chunks.bias(config.estimator.look_back_frames)
         return self.estimator(joined, conditions.mask, time, bias)
-
-    def stream_bias(self, size: int, prompt_frames: jax.Array, chunk_frames: jax.Array):
-        """Scores to add so that each frame sees what it would see in a stream.
-
-        Args:
-          size: F, frames.
-          prompt_frames: int32 [B], the first chunk of each row, which stays visible; 0 = none.
-          chunk_frames: int32 [B], of all other chunks.
-
-        Returns:
-          float32 [B, 1, F, F], see `chunk_bias`.
-        """
-        beyond = jnp.arange(size) - prompt_frames[:, None]
-        chunks = jnp.where(beyond < 0, 0, 1 + beyond // chunk_frames[:, None])
-        look_back = self.config.estimator.look_back_frames
-        return jax.vmap(lambda c, p: chunk_bias(c, p, look_back)[0])(chunks, prompt_frames)
 
     def sample(self, conditions: Conditions, noise: jax.Array) -> jax.Array:
         """Solves the flow from noise; see `FlowMatching.sample`."""

@@ -87,13 +87,35 @@ def ring(size: RingSize, seen, prompt_frames, length: int, valid, prompt: bool) 
     )
 
 
-def chunk_bias(chunks: jax.Array, prompt_frames, look_back_frames: int) -> jax.Array:
-    """What a stream sees: chunk number of each frame int32 [T] -> scores to add [1, 1, T, T].
+@flax.struct.dataclass
+class Chunks:
+    """In which chunk of a stream each frame comes, where a whole sees only what a stream sees.
 
-    `prompt_frames` int32 [] is chunk 0 of its own; frames of a chunk stand side by side.
+    Attributes:
+      numbers: int32 [B, T], rising; a prompt is a chunk of its own, the first.
+      prompts: int32 [B], frames of the prompt; 0 = none.
     """
-    index = jnp.arange(len(chunks))
-    start = jnp.searchsorted(chunks, chunks)  # of a frame's own chunk
-    recent = index[None, :] >= start[:, None] - look_back_frames
-    visible = (chunks[None, :] <= chunks[:, None]) & (recent | (index < prompt_frames)[None, :])
-    return jnp.where(visible, 0.0, NEGATIVE)[None, None]
+
+    numbers: jax.Array
+    prompts: jax.Array
+
+    def repeated(self, factor: int) -> "Chunks":
+        """The same for `factor` frames in the place of each."""
+        return Chunks(jnp.repeat(self.numbers, factor, axis=1), self.prompts * factor)
+
+    def bias(self, look_back: int) -> jax.Array:
+        """Scores to add [B, 1, T, T]: of its own chunk a frame sees all, before it `look_back`
+        frames and the prompt.
+        """
+        index, numbers = jnp.arange(self.numbers.shape[1]), self.numbers
+        start = jax.vmap(jnp.searchsorted)(numbers, numbers)  # of a frame's own chunk
+        recent = index >= start[:, :, None] - look_back
+        prompt = index < self.prompts[:, None, None]
+        visible = (numbers[:, None] <= numbers[:, :, None]) & (recent | prompt)
+        return jnp.where(visible, 0.0, NEGATIVE)[:, None]
+
+
+def equal_chunks(size: int, prompts: jax.Array, lengths: jax.Array) -> Chunks:
+    """Chunks of `lengths` int32 [B] frames behind prompts of `prompts` int32 [B] frames."""
+    beyond = jnp.arange(size) - prompts[:, None]
+    return Chunks(jnp.where(beyond < 0, 0, 1 + beyond // lengths[:, None]), prompts)

@@ -287,7 +287,7 @@ class VocoderStream:
         return self._samples(self._flow.push(_in_range(codes, self._codebook, "codes")), "push")
 
     def finish(self) -> np.ndarray:
-        """The samples float32 [T] of what waits; the tail beyond a multiple of five is dropped."""
+        """The samples float32 [T] of what waits; an odd tail becomes what it does in the whole."""
         return self._samples(self._flow.finish(), "finish")
 
     def _samples(self, mel, call: str) -> np.ndarray:

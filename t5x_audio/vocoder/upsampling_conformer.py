@@ -7,7 +7,7 @@ norm again, 4 more blocks. Source: stepaudio2's cosyvoice2/transformer/upsample_
 Choices:
 - Padding is zero for the convolutions, so that an utterance gives the same in any batch.
 - A stream keeps the prompt's keys and values and the last ones in a `ring`; it gives what the whole
-  gives under `ring.chunk_bias` as long as nothing between prompt and ring was dropped, and then the
+  gives under `ring.Chunks` as long as nothing between prompt and ring was dropped, and then the
   prompt counts as if it stood right before what is kept, as in the reference. (There the first
   blocks keep the oldest groups in place of the last ones: its cache holds them twice, side by side,
   and is cut as if they were frames.)
@@ -24,7 +24,7 @@ from t5x_audio.errors import UserError
 from t5x_audio.vocoder.conformer import ConformerConfig, ConformerPart
 from t5x_audio.vocoder.convolution import Convolution
 from t5x_audio.vocoder.layers import layer_norm
-from t5x_audio.vocoder.ring import RingSize, chunk_bias, ring
+from t5x_audio.vocoder.ring import Chunks, RingSize, ring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,11 @@ class UpsamplingConformer(nnx.Module):
         self.final_norm = layer_norm(width, 1e-5, rngs)
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array, rng: jax.Array | None = None, chunks=None
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        rng: jax.Array | None = None,
+        chunks: Chunks | None = None,
     ) -> jax.Array:
         """Encodes embedded groups.
 
@@ -99,8 +103,7 @@ class UpsamplingConformer(nnx.Module):
           x: [B, T, width].
           mask: float32 [B, T, 1], 1 at valid groups.
           rng: key of the dropout; None = no dropout.
-          chunks: (chunk number of each group int32 [T], groups of the prompt int32 []): each group
-            sees what a stream of such chunks sees; None = all.
+          chunks: of groups; each group sees what a stream of such chunks sees. None = all.
 
         Returns:
           float32 [B, up_factor * T, width]; padded frames are 0.
@@ -126,8 +129,7 @@ class UpsamplingConformer(nnx.Module):
     def _bias(self, chunks, factor: int):
         if chunks is None:
             return None
-        numbers, prompt = jnp.repeat(chunks[0], factor), chunks[1] * factor
-        return chunk_bias(numbers, prompt, self.config.look_back * factor)
+        return chunks.repeated(factor).bias(self.config.look_back * factor)
 
     def initial_state(self, batch_size: int, prompt_groups: int) -> UpsamplingState:
         """The state before the first group; a prompt has at most `prompt_groups`."""

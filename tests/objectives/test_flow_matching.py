@@ -58,7 +58,7 @@ def test_training_lowers_the_loss(batch, form):
         make, objective = (
             _make_paired,
             FlowMatchingObjective(
-                mel=PAIRED_MEL, stream_probability=share, stream_chunk_frames=(2, 5)
+                mel=PAIRED_MEL, stream_probability=share, stream_chunk_positions=(1, 3)
             ),
         )
     graph, params = nnx.split(make())
@@ -82,27 +82,25 @@ def test_training_lowers_the_loss(batch, form):
 
 
 def test_rows_as_streams_see_what_a_stream_sees():
-    """Of 400 rows about half; prefix, own chunk and the frames shortly before it."""
+    """Of 400 rows about half; prefix, own chunk and what is shortly before it."""
     objective = FlowMatchingObjective(
-        mel=PAIRED_MEL, stream_probability=0.5, stream_chunk_frames=(3, 6)
+        mel=PAIRED_MEL, stream_probability=0.5, stream_chunk_positions=(3, 6)
     )
     model = nnx.eval_shape(lambda: PAIRED_FLOW.make(nnx.Rngs(0)))
-    prefix = jnp.asarray(np.arange(400) % 4, jnp.int32)
-    bias = jax.jit(lambda p, rng: objective._stream_bias(model, p, 12, rng))
-    visible = np.asarray(bias(prefix, jax.random.key(0)))[:, 0] == 0.0
+    drawn = jnp.asarray(np.arange(400) % 9, jnp.int32)
+    prefix, chunks = objective._chunks(model, drawn, np.zeros((400, 20)), jax.random.key(0))
+    np.testing.assert_array_equal(prefix, drawn // 2 * 2)
+    visible = np.asarray(chunks.bias(2))[:, 0] == 0.0
     whole = visible.all((1, 2))
     assert 0.4 < whole.mean() < 0.6
-    widths = set()
+    widths, index = set(), np.arange(12)
     for row in np.flatnonzero(~whole):
-        start, last = int(prefix[row]), visible[row, prefix[row]]
-        width = int(last[start:].sum())
+        start = int(prefix[row]) // 2
+        width = int(visible[row, start, start:].sum())
         widths.add(width)
-        chunk = np.maximum(np.arange(12) - start, -1) // width
-        look_back = PAIRED_FLOW.estimator.look_back_frames
-        begin = np.where(chunk < 0, 0, start + chunk * width)
-        seen = (chunk[None] <= chunk[:, None]) & (
-            (np.arange(12) >= begin[:, None] - look_back) | (np.arange(12) < start)
-        )
+        chunk = np.where(index < start, -1, (index - start) // width)
+        begin = np.where(chunk < 0, 0, start + chunk * width)[:, None]
+        seen = (chunk[None] <= chunk[:, None]) & ((index >= begin - 2) | (index < start))
         np.testing.assert_array_equal(visible[row], seen)
     assert widths == {3, 4, 5, 6}
 
@@ -111,8 +109,8 @@ def test_what_cannot_stream_is_refused(batch):
     objective = FlowMatchingObjective(mel=MEL, stream_probability=1.0)
     with pytest.raises(UserError, match="FlowMatching cannot stream"):
         objective(_make(), batch, jax.random.key(0), True)
-    with pytest.raises(UserError, match="stream_chunk_frames"):
-        FlowMatchingObjective(stream_chunk_frames=(4, 3))
+    with pytest.raises(UserError, match="stream_chunk_positions"):
+        FlowMatchingObjective(stream_chunk_positions=(4, 3))
 
 
 def test_prior_adds_the_squared_error_of_mu(batch):

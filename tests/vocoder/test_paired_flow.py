@@ -11,10 +11,9 @@ from flax import nnx
 from t5x_audio.errors import UserError
 from t5x_audio.vocoder.conformer import ConformerConfig
 from t5x_audio.vocoder.dit import DitConfig
-from t5x_audio.vocoder.flow import solve_with_state
 from t5x_audio.vocoder.flow_stream import CacheStream
 from t5x_audio.vocoder.paired_flow import PairedFlowConfig, pairs
-from t5x_audio.vocoder.ring import chunk_bias
+from t5x_audio.vocoder.ring import Chunks
 from t5x_audio.vocoder.upsampling_conformer import UpsamplingConformerConfig
 
 CONFIG = PairedFlowConfig(
@@ -85,7 +84,8 @@ def test_a_stream_of_the_encoder_gives_what_the_whole_gives(model, prompt):
     sizes = ([prompt] if prompt else []) + [2, 5, 3, 3]
     total = sum(sizes)
     x = jnp.asarray(np.random.default_rng(3).normal(size=(2, total, 16)), jnp.float32)
-    chunks = (jnp.repeat(jnp.arange(len(sizes)), np.array(sizes)), jnp.int32(prompt))
+    numbers = jnp.repeat(jnp.arange(len(sizes)), np.array(sizes))
+    chunks = Chunks(jnp.stack([numbers] * 2), jnp.array([prompt] * 2))
     want = nnx.jit(lambda e, x: e(x, jnp.ones((2, total, 1)), None, chunks))(encoder, x)
     step = nnx.jit(
         lambda e, x, state, prompt, valid: e.step(x, state, prompt, valid),
@@ -113,20 +113,14 @@ def test_a_stream_samples_what_the_whole_samples(model, prompt):
     mel, noise = (jnp.asarray(rng.normal(size=(1, frames, 6)), jnp.float32) for _ in range(2))
     sizes = ([prompt] if prompt else []) + [15, 15, 10]
     numbers = jnp.repeat(jnp.arange(len(sizes)), jnp.array(sizes) * 3 // 5)
-    chunks = (numbers, jnp.int32(prompt * 3 // 5))
-    look_back = CONFIG.estimator.look_back_frames
-    bias = chunk_bias(jnp.repeat(numbers, 2), prompt_frames, look_back)
+    chunks = Chunks(numbers[None], jnp.array([prompt * 3 // 5]))
 
     @jax.jit
     def whole(codes, mel, noise):
         lengths = jnp.array([codes.shape[1]])
         prompts = jnp.array([prompt])
         conditions = model.conditions(codes, lengths, speaker, mel, prompts, chunks=chunks)
-
-        def velocity(x, time, both, state):
-            return model.velocity(x, time, both, bias), state
-
-        return solve_with_state(CONFIG, velocity, conditions, noise, None)[0]
+        return model.sample(conditions, noise)
 
     @jax.jit
     def step(numbers, codes, state, mel, valid):

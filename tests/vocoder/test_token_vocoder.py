@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5x_audio.errors import UserError
+from t5x_audio.vocoder.flow_stream import StreamConfig
 from t5x_audio.vocoder.token_vocoder import TokenVocoder
 from tests.toy_vocoder import FLOW, HIFT, HIFT_FRAMES, PAIRED_FLOW
 
@@ -146,3 +147,62 @@ def test_models_of_different_mels_are_refused(build):
     flow, other = build(FLOW), build(dataclasses.replace(HIFT, num_mels=8))
     with pytest.raises(UserError, match="disagree on num_mels"):
         TokenVocoder(flow, other)
+
+
+CODES = [(7 * i + 3) % 30 for i in range(97)]
+
+
+@pytest.fixture(scope="module", params=["vocoder", "paired"])
+def streaming(request) -> TokenVocoder:
+    """Of either form: in windows, with caches."""
+    return request.getfixturevalue(request.param)
+
+
+def pushed(streaming, codes, pieces, **options):
+    sizes = StreamConfig(chunk_codes=15, left_codes=20, right_codes=5)
+    session = streaming.stream(SPEAKER, sizes=sizes, **options)
+    made, start = [], 0
+    for size in (*pieces, len(codes)):
+        made.append(session.push(codes[start : start + size]))
+        start += size
+    return [*made, session.finish()]
+
+
+def test_any_pushing_gives_the_same_samples(streaming):
+    """As many as the whole has; finite and in range."""
+    whole = streaming.synthesize(CODES, SPEAKER, seed=1)
+    made = np.concatenate(pushed(streaming, CODES, (), seed=1))
+    assert made.shape == whole.shape and np.abs(made).max() <= 1.0 and np.std(made) > 1e-3
+    by_blocks = pushed(streaming, CODES, [15] * 6, seed=1)
+    np.testing.assert_allclose(np.concatenate(by_blocks), made, atol=1e-3)
+    block = streaming.flow_config.mel_lengths(15) * streaming.hop
+    assert [len(one) for one in by_blocks[3:6]] == [block] * 3  # once it runs
+    one_by_one = pushed(streaming, CODES, [1] * 40, seed=1)
+    np.testing.assert_allclose(np.concatenate(one_by_one), made, atol=1e-3)
+
+
+def test_what_fits_into_a_chunk_is_as_in_the_whole(streaming):
+    for count in (5, 13):
+        whole = streaming.synthesize(CODES[:count], SPEAKER, seed=2)
+        made = np.concatenate(pushed(streaming, CODES[:count], (), seed=2))
+        np.testing.assert_allclose(made, whole, atol=1e-3)
+
+
+def test_a_stream_after_a_prompt(streaming):
+    config = streaming.flow_config
+    mel = np.full((config.mel_lengths(10), config.num_mels), -5.0, np.float32)
+    prompt = {"prompt_codes": CODES[:10], "prompt_mel": mel}
+    whole = streaming.synthesize(CODES[10:20], SPEAKER, **prompt)
+    made = np.concatenate(pushed(streaming, CODES[10:20], (3,), **prompt))
+    assert made.shape == whole.shape
+    if streaming.flow_config is FLOW:  # caches let the prompt see nothing after it
+        np.testing.assert_allclose(made, whole, atol=1e-3)
+
+
+def test_less_than_a_group_and_bad_codes_in_a_stream(streaming):
+    session = streaming.stream(SPEAKER)
+    with pytest.raises(UserError, match="outside of the codebook"):
+        session.push([1, 2, 99])
+    assert not len(session.push([])) and not len(session.finish())
+    with pytest.raises(UserError, match="StreamConfig.left_codes=7"):
+        StreamConfig(left_codes=7)
