@@ -6,6 +6,7 @@ are the reference's. Its state dict with random weights is saved by PyTorch, rea
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,50 @@ def test_chunks_of_the_transformer(pair):
             jnp.asarray(x, jnp.float32), jnp.asarray(time, jnp.float32), state, prompt=number == 0
         )
         assert error(got, want.transpose(1, 2)) < 1e-5, number
+
+
+@torch.no_grad()
+def test_stream(pair):
+    """The prompt and three chunks with the reference's caches, nothing behind the last."""
+    rng, config = np.random.default_rng(2), pair.ours.config
+    codes, speaker = groups(rng, 13), rng.normal(size=192)
+    sizes = (15, 15, 20, 15)
+    frames = config.mel_lengths(len(codes))
+    prompt_mel = rng.normal(size=(config.mel_lengths(sizes[0]), 80))
+    decoder = pair.theirs.decoder
+    decoder.cnn_cache_buffer = torch.zeros(10, 16, 2, 1024, 2).double()
+    decoder.att_cache_buffer = torch.zeros(10, 16, 2, 8, frames, 128).double()
+    noise = decoder.rand_noise[0, :, :frames].T.numpy().astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnames="start")
+    def step(codes, state, mel, valid, start, embedding):
+        length = config.mel_lengths(codes.shape[1] - config.look_ahead_codes)
+        now = jax.lax.dynamic_slice_in_dim(noise, start, length)[None]
+        return pair.ours.step(codes, embedding, now, state, mel, valid)
+
+    state, cache, done = pair.ours.initial_state(1, sizes[0]), None, 0
+    embedding = torch.tensor(speaker[None])
+    for number, size in enumerate(sizes):
+        ahead = codes[done : done + size + 5]
+        last, mel = number == len(sizes) - 1, None
+        if number == 0:
+            mel = jnp.asarray(prompt_mel[None], jnp.float32)
+            cache = pair.theirs.setup_cache(
+                reference_pairs(ahead), torch.tensor(prompt_mel[None]), embedding
+            )
+        else:
+            want, cache = pair.theirs.inference_chunk(
+                reference_pairs(ahead), embedding, cache, last_chunk=last
+            )
+        cache = {name: value.clone() for name, value in cache.items()}
+        padded = np.pad(ahead, (0, size + 5 - len(ahead))).astype(np.int32)[None]
+        start = config.mel_lengths(done)
+        got, state = step(
+            padded, state, mel, len(ahead), start, jnp.asarray(speaker[None], jnp.float32)
+        )
+        if number:
+            assert error(got, want.transpose(1, 2)) < 1e-4, number
+        done += size
 
 
 def test_export_is_the_same_file(pair, tmp_path):
