@@ -14,8 +14,8 @@ one shard of a stack of layers. What was imported from Hugging Face and not chan
 the same files, byte for byte; `--dtype` and other models get files of their own.
 
 Tokenizers become `<model_dir>/linguistic_tokenizer` and `<model_dir>/semantic`, as in a run
-(docs/tokenizers.md); vocoders `flow` and `hift`: CosyVoice-1's, which is Step-Audio-TTS-3B's, and
-the flow of its successors (docs/vocoder.md).
+(docs/tokenizers.md); vocoders `flow` and `hift`: Step-Audio-TTS-3B's, which is CosyVoice-1's, and
+that of its successors (docs/vocoder.md).
 """
 
 import json
@@ -65,7 +65,7 @@ def run(
       from_speech_tokenizer: ONNX file of CosyVoice to import, alone or with the former.
       to_paraformer: folder to export the linguistic tokenizer to, its codebook included.
       to_speech_tokenizer: ONNX file to export the semantic tokenizer to.
-      from_flow, from_hift: files of a vocoder to import, flow.pt (of either form) and hift.pt.
+      from_flow, from_hift: files of a vocoder to import, flow.pt and hift.pt, of either form.
       to_flow, to_hift: files to export it to.
 
     Returns:

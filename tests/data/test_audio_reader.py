@@ -179,6 +179,26 @@ def test_segments(run_dir):
     assert len(list(dataset.eval_sets()["clips"])) == 2
 
 
+def test_audio_at_another_rate(run_dir):
+    """Codes and lengths in seconds stay; whole segments of the vocoder's frames come out."""
+    flow = {"embeddings_file": "rates.npz"}
+    at_16k = audio_reader.FlowBatches(run_dir, _embed, **_BUCKETS, **flow)
+    at_24k = audio_reader.FlowBatches(run_dir, _embed, **_BUCKETS, **flow, sample_rate=24000)
+    for batch, higher in zip(itertools.islice(at_16k, 4), at_24k, strict=False):
+        np.testing.assert_array_equal(batch["codes"], higher["codes"])
+        np.testing.assert_array_equal(batch["speaker_embedding"], higher["speaker_embedding"])
+        assert higher["audio"].shape[1] * 2 == batch["audio"].shape[1] * 3
+        longer = higher["audio_lengths"] - 1.5 * batch["audio_lengths"]
+        assert np.abs(longer).max() <= 0.5
+        np.testing.assert_allclose(higher["audio"][:, 300], batch["audio"][:, 200], rtol=0.02)
+    segments = {"segment_seconds": 24576 / 22050, "batch_size": 4, "sample_rate": 22050}
+    lengths = []
+    for batch in itertools.islice(audio_reader.SegmentBatches(run_dir, **segments), 6):
+        assert batch["audio"].shape == (4, 24576)
+        lengths += batch["audio_lengths"].tolist()
+    assert max(lengths) == 24576 > min(lengths)
+
+
 def test_roles_and_missing_things(run_dir, tmp_path):
     only = audio_reader.SegmentBatches(run_dir, roles=("question",))
     assert len(only._train[1]) == 10
