@@ -50,16 +50,14 @@ def test_what_lies_in_the_padding_does_not_matter(batch):
     np.testing.assert_allclose(_evaluate(model, batch)[0], _evaluate(model, dirty)[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["interleaved", "paired", "paired, as streams"])
+@pytest.mark.parametrize("form", ["interleaved", "paired"])
 def test_training_lowers_the_loss(batch, form):
+    """Of the paired flow half of the rows train as streams."""
     make, objective = _make, OBJECTIVE
-    if form != "interleaved":
-        share = 0.5 if form.endswith("streams") else 0.0
-        make, objective = (
-            _make_paired,
-            FlowMatchingObjective(
-                mel=PAIRED_MEL, stream_probability=share, stream_chunk_positions=(1, 3)
-            ),
+    if form == "paired":
+        make = _make_paired
+        objective = FlowMatchingObjective(
+            mel=PAIRED_MEL, stream_probability=0.5, stream_chunk_positions=(1, 3)
         )
     graph, params = nnx.split(make())
     adam = optax.adam(1e-2)
