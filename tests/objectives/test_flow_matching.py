@@ -103,10 +103,11 @@ def test_rows_as_streams_see_what_a_stream_sees():
     assert widths == {3, 4, 5, 6}
 
 
-def test_what_cannot_stream_is_refused(batch):
+def test_what_cannot_stream_is_refused():
     objective = FlowMatchingObjective(mel=MEL, stream_probability=1.0)
+    model = nnx.eval_shape(lambda: FLOW.make(nnx.Rngs(0)))
     with pytest.raises(UserError, match="FlowMatching cannot stream"):
-        objective(_make(), batch, jax.random.key(0), True)
+        objective._chunks(model, jnp.zeros(2, jnp.int32), np.zeros((2, 10)), jax.random.key(0))
     with pytest.raises(UserError, match="stream_chunk_positions"):
         FlowMatchingObjective(stream_chunk_positions=(4, 3))
 
