@@ -108,3 +108,19 @@ def test_the_reach_is_what_context_says(build, config):
     assert moved.min() == -f0_reach and moved.max() == f0_reach
     other, _ = call(generator, mel, changed_f0)
     assert np.flatnonzero(np.asarray(other != base)[0])[0] / config.hop - at >= -reach
+
+
+def test_memory_does_not_grow():
+    """A minute, then five more."""
+    samples = np.zeros(1000 * HIFT.hop, np.float32)
+    stream = HiftStream(HIFT, lambda mel, frames, f0, *_: (samples, f0), 30)
+
+    def held() -> int:
+        return sum(a.nbytes for a in vars(stream).values() if isinstance(a, np.ndarray))
+
+    sizes = []
+    for minutes in (1, 5):
+        for _ in range(minutes * 60):
+            assert stream.push(np.zeros((67, 6), np.float32)).size
+        sizes.append(held())
+    assert sizes[0] == sizes[1]
