@@ -6,6 +6,7 @@ are the same on every backend and under every sharding. The mixer is the 32-bit 
 Wellons (hash-prospector). Noise and dropout in training use JAX's own generator.
 """
 
+import functools
 import math
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 _GOLDEN = 0x9E3779B9
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for each shape
 def hashed_uniform(key: jax.Array, shape, standard_deviation: float) -> jax.Array:
     """Float32 of `shape`, uniform around 0 with the given standard deviation."""
     words = jax.random.key_data(key).astype(jnp.uint32).reshape(-1)
