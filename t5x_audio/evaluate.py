@@ -52,7 +52,7 @@ def run(
         each; None = all.
       max_new_tokens, temperature, top_p: of the answers; temperature 0 takes the likeliest token.
       seed: of sampling and of the vocoder's noise.
-      make_judges: (recordings of the reference voice) -> `spoken_qa.Judges`; None = the project's.
+      make_judges: (recordings of the reference voice) -> `judges.Judges`; None = the project's.
 
     Returns:
       The figures, flat.
@@ -240,23 +240,19 @@ def time_answers(assistant, questions: Sequence) -> dict[str, float]:
     return figures
 
 
-def default_judges(recordings: Sequence):
+def default_judges(recordings: Sequence = ()):
     """faster-whisper, DNSMOS and GE2E, beside the voice of `recordings` (float32 [T_i], 16 kHz)."""
     from t5x_audio.data.engine.recognizer import Recognizer
-    from t5x_audio.evaluation import mos, spoken_qa
+    from t5x_audio.evaluation import judges, mos
     from t5x_audio.interop import ge2e
 
     encoder = ge2e.load_speaker_encoder()
 
     def embed(sound):
-        return spoken_qa.in_batches(encoder.embed_batch, sound, 16)
+        return judges.in_batches(encoder.embed_batch, sound, 16)
 
-    return spoken_qa.Judges(
-        transcribe=Recognizer().transcribe,
-        mos=mos.overall,
-        embed=embed,
-        voice=spoken_qa.reference_voice(embed, recordings),
-    )
+    voice = judges.reference_voice(embed, recordings) if recordings else None
+    return judges.Judges(Recognizer().transcribe, mos.overall, embed, voice)
 
 
 def _judge(questions, written, speech, judges) -> dict[str, Any]:

@@ -17,24 +17,19 @@ questions in place of a language model's judgement.
 
 import dataclasses
 import hashlib
-import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
 
-from t5x_audio.audio import io
 from t5x_audio.data import corpus, records
-from t5x_audio.data.text_normalization import sounds_like
 from t5x_audio.errors import UserError
-from t5x_audio.evaluation import wer
 from t5x_audio.evaluation.answers import ends_in_short_answer
-from t5x_audio.evaluation.similarity import cosine
+from t5x_audio.evaluation.judges import Judges, mean, ratio, word_errors
 from t5x_audio.tokenizers import dual_codebook
 
-JUDGE_RATE = 16000
 KINDS = ("answers", "resynthesis", "recordings")
 
 
@@ -119,90 +114,27 @@ def _read_codes(tokens_dir, split: str, linguistic_size: int) -> dict[str, np.nd
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Judges:
-    """Those who listen, all to float32 [T] at 16 kHz.
+def judge(
+    judges: Judges, recordings: Sequence[np.ndarray], texts: Sequence[str], short: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Judges each recording by what it should say.
 
-    Attributes:
-      transcribe: recordings -> what is heard in each.
-      mos: recording -> DNSMOS overall quality, 1 to 5. Costs seconds a recording.
-      embed: recordings -> speaker embeddings [N, D] of unit length.
-      voice: [D], embedding of the reference voice.
-      num_rated: only the first so many recordings of a kind get a DNSMOS; None = all.
+    Args:
+      judges: who listens; their `voice` is the reference.
+      recordings: float32 [T_i] at 16 kHz; one without a sample is heard as nothing.
+      texts: what each should say.
+      short: the words that must be heard.
+
+    Returns:
+      Rows of `Judges.listen` with heard_right, word_errors and words.
     """
-
-    transcribe: Callable[[Sequence[np.ndarray]], Sequence[str]]
-    mos: Callable[[np.ndarray], float]
-    embed: Callable[[Sequence[np.ndarray]], np.ndarray]
-    voice: np.ndarray
-    num_rated: int | None = None
-
-    def listen(
-        self, recordings: Sequence[np.ndarray], texts: Sequence[str], short: Sequence[str]
-    ) -> list[dict[str, Any]]:
-        """Judges each recording by what it should say.
-
-        Args:
-          recordings: float32 [T_i] at 16 kHz; one without a sample is heard as nothing.
-          texts: what each should say.
-          short: the words that must be heard.
-
-        Returns:
-          Rows of heard, heard_right, word_errors, words, audible, and mos and similarity, which
-          are None where there is no sound or no rating.
-        """
-        audible = [i for i, samples in enumerate(recordings) if _audible(samples)]
-        silence = {"heard": "", "audible": False, "mos": None, "similarity": None}
-        rows = [silence] * len(recordings)
-        rated = len(recordings) if self.num_rated is None else self.num_rated
-        if audible:
-            sound = [recordings[i] for i in audible]
-            transcripts, embeddings = self.transcribe(sound), self.embed(sound)
-            for i, heard, embedding in zip(audible, transcripts, embeddings, strict=True):
-                rows[i] = {
-                    "heard": heard,
-                    "audible": True,
-                    "mos": float(self.mos(recordings[i])) if i < rated else None,
-                    "similarity": cosine(embedding, self.voice),
-                }
-        return [
-            row | _judge(row["heard"], *pair) for row, *pair in zip(rows, texts, short, strict=True)
-        ]
-
-
-def _judge(heard: str, text: str, short: str) -> dict[str, Any]:
-    """What is made of a transcript: `text` should have been said, ending in `short`."""
-    counts = wer.count_errors(sounds_like(text), sounds_like(heard))
-    return {
-        "heard_right": ends_in_short_answer(heard, short, by_sound=True),
-        "word_errors": counts.errors,
-        "words": counts.words,
-    }
-
-
-def _audible(samples: np.ndarray) -> bool:
-    """Whether there is anything to judge: a tenth of a second that is not silence."""
-    return len(samples) >= JUDGE_RATE // 10 and float(np.abs(samples).max()) > io.SILENCE_PEAK
-
-
-def reference_voice(embed, recordings: Sequence[np.ndarray]) -> np.ndarray:
-    """Embedding [D] of a voice from its recordings: the mean of theirs, of unit length."""
-    mean = np.mean(embed([samples for samples in recordings if _audible(samples)]), axis=0)
-    return mean / np.linalg.norm(mean)
-
-
-def in_batches(embed, recordings: Sequence[np.ndarray], size: int) -> np.ndarray:
-    """embed(recordings) [N, D], called with `size` recordings of like length at a time.
-
-    The last batch is filled up with its own last recording, so that few shapes are compiled.
-    """
-    order = sorted(range(len(recordings)), key=lambda i: len(recordings[i]))
-    found = {}
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
-        filled = batch + [batch[-1]] * (size - len(batch))
-        found |= zip(batch, embed([recordings[i] for i in filled]), strict=False)
-    return np.stack([found[i] for i in range(len(recordings))])
+    rows = judges.listen(recordings)
+    return [
+        row
+        | {"heard_right": ends_in_short_answer(row["heard"], words, by_sound=True)}
+        | word_errors(row["heard"], text)
+        for row, text, words in zip(rows, texts, short, strict=True)
+    ]
 
 
 def assess(
@@ -229,7 +161,7 @@ def assess(
     ]
     for kind in tqdm.tqdm(KINDS, desc="judging", unit="set"):
         said = written if kind == "answers" else truth
-        for row, judged in zip(rows, judges.listen(speech[kind], said, short), strict=True):
+        for row, judged in zip(rows, judge(judges, speech[kind], said, short), strict=True):
             row[kind] = judged
     return rows
 
@@ -237,17 +169,17 @@ def assess(
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Figures of all `assess` rows: the answers' by name, and for anchors `<kind>_<name>`."""
     figures: dict[str, Any] = {"questions": len(rows)}
-    figures["text_accuracy"] = _mean(row["written_right"] for row in rows)
+    figures["text_accuracy"] = mean(row["written_right"] for row in rows)
     for kind in KINDS:
         prefix = "" if kind == "answers" else f"{kind}_"
         judged = [row[kind] for row in rows]
-        figures[f"{prefix}heard_accuracy"] = _mean(one["heard_right"] for one in judged)
-        figures[f"{prefix}wer"] = _ratio(
+        figures[f"{prefix}heard_accuracy"] = mean(one["heard_right"] for one in judged)
+        figures[f"{prefix}wer"] = ratio(
             sum(one["word_errors"] for one in judged), sum(one["words"] for one in judged)
         )
-        figures[f"{prefix}audible"] = _mean(one["audible"] for one in judged)
-        figures[f"{prefix}dnsmos"] = _mean(one["mos"] for one in judged)
-        figures[f"{prefix}speaker_similarity"] = _mean(one["similarity"] for one in judged)
+        figures[f"{prefix}audible"] = mean(one["audible"] for one in judged)
+        figures[f"{prefix}dnsmos"] = mean(one["mos"] for one in judged)
+        figures[f"{prefix}speaker_similarity"] = mean(one["similarity"] for one in judged)
     return figures
 
 
@@ -259,20 +191,11 @@ def by_group(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[str,
     return {
         name: {
             "questions": len(members),
-            "text_accuracy": _mean(row["written_right"] for row in members),
-            "heard_accuracy": _mean(row["answers"]["heard_right"] for row in members),
+            "text_accuracy": mean(row["written_right"] for row in members),
+            "heard_accuracy": mean(row["answers"]["heard_right"] for row in members),
         }
         for name, members in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     }
-
-
-def _mean(values) -> float | None:
-    known = [float(value) for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
 
 
 def choose_examples(rows: Sequence[Mapping[str, Any]], count: int) -> list[str]:

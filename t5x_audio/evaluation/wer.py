@@ -32,6 +32,11 @@ def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
     return _count([reference], [hypothesis], jiwer.process_words)
 
 
+def count_character_errors(reference: str, hypothesis: str) -> ErrorCounts:
+    """As `count_errors`, in characters (spaces count)."""
+    return _count([reference], [hypothesis], jiwer.process_characters)
+
+
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
     """All word edits over all reference words, so that long utterances weigh more.
 

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +6,7 @@ import pytest
 from t5x_audio.data import corpus, records
 from t5x_audio.errors import UserError
 from t5x_audio.evaluation import spoken_qa
+from t5x_audio.evaluation.judges import Judges
 
 LINGUISTIC_SIZE = 8
 
@@ -88,7 +88,7 @@ class _Listener:
 def _judges(*transcripts):
     listener = _Listener(*transcripts)
     embed = lambda sound: np.tile([0.6, 0.8], (len(sound), 1))  # noqa: E731
-    return spoken_qa.Judges(listener, lambda samples: 3.0, embed, np.array([1.0, 0.0])), listener
+    return Judges(listener, lambda samples: 3.0, embed, np.array([1.0, 0.0])), listener
 
 
 def test_assessment_of_two_answers():
@@ -131,33 +131,8 @@ def test_assessment_of_two_answers():
     assert groups["opposites"]["heard_accuracy"] == 0.0
 
 
-def test_only_the_first_are_rated():
-    judges, _ = _judges("cold", "cold", "cold")
-    rows = dataclasses.replace(judges, num_rated=2).listen([TONE] * 3, ["cold"] * 3, ["cold"] * 3)
-    assert [row["mos"] for row in rows] == [3.0, 3.0, None]
-    assert all(row["similarity"] is not None and row["audible"] for row in rows)
-
-
-def test_batches_keep_the_order():
-    sizes = []
-
-    def embed(sound):
-        sizes.append(len(sound))
-        return np.array([[len(samples)] for samples in sound])
-
-    recordings = [np.zeros(n) for n in (5, 1, 9, 3, 7)]
-    found = spoken_qa.in_batches(embed, recordings, 2)
-    assert found[:, 0].tolist() == [5, 1, 9, 3, 7] and sizes == [2, 2, 2]
-
-
 def test_examples_take_categories_in_turn():
     rows = [{"id": f"a{i}", "category": "a"} for i in range(4)]
     rows += [{"id": "b0", "category": "b"}]
     assert spoken_qa.choose_examples(rows, 3) == ["a0", "b0", "a1"]
     assert len(spoken_qa.choose_examples(rows, 99)) == 5
-
-
-def test_reference_voice_is_of_unit_length():
-    embed = lambda sound: np.array([[samples.mean(), 1.0] for samples in sound])  # noqa: E731
-    voice = spoken_qa.reference_voice(embed, [TONE, -TONE, np.zeros(0, np.float32)])
-    np.testing.assert_allclose(voice, [0.0, 1.0], atol=1e-7)

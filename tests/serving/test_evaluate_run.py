@@ -9,7 +9,7 @@ import pytest
 
 from t5x_audio import evaluate, make_report
 from t5x_audio.errors import UserError
-from t5x_audio.evaluation import spoken_qa
+from t5x_audio.evaluation.judges import Judges, reference_voice
 
 SMALL = {"num_questions": 3, "batch_size": 2, "num_examples": 2, "num_timed": 1}
 SMALL |= {"max_new_tokens": 50, "temperature": 0.0}
@@ -19,11 +19,11 @@ def _judges(recordings):
     def embed(sound):
         return np.tile([1.0, 0.0], (len(sound), 1))
 
-    return spoken_qa.Judges(
+    return Judges(
         transcribe=lambda sound: ["the opposite of hot is cold"] * len(sound),
         mos=lambda samples: 2.0,
         embed=embed,
-        voice=spoken_qa.reference_voice(embed, recordings),
+        voice=reference_voice(embed, recordings),
     )
 
 
