@@ -11,14 +11,12 @@ it starts anew when the weights or the settings are others.
 import dataclasses
 import json
 import pathlib
-import shutil
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-RESULTS, TABLES = "results.json", "results.md"
-ANSWERS, SETTINGS, SPEECH = "answers.jsonl", "settings.json", "speech"
+ANSWERS, SPEECH = "answers.jsonl", "speech"
 
 
 def run(
@@ -62,6 +60,7 @@ def run(
     """
     from t5x_audio import launch
     from t5x_audio.backbone.decoding import Sampling
+    from t5x_audio.evaluation import results_folder
     from t5x_audio.serving.assistant import SpokenAssistant
     from t5x_audio.serving.model_dir import RunDirectory
 
@@ -78,11 +77,11 @@ def run(
         "num_timed": num_timed,
         "num_rated": num_rated,
     }
-    if results := _finished(folder, settings):
-        print(f"already evaluated: {folder / RESULTS}", file=sys.stderr)
+    if results := results_folder.finished(folder, settings):
+        print(f"already evaluated: {folder}", file=sys.stderr)
         return results["figures"]
     questions = _load_questions(root, vocabulary, split, num_questions)
-    _begin(folder, settings)
+    results_folder.begin(folder, settings, (ANSWERS, SPEECH))
     sampling = Sampling(temperature=temperature, top_p=top_p)
     assistant = SpokenAssistant.load(run_dir, sampling=sampling, **options)
     written, codes = answer_all(assistant, questions, folder / ANSWERS, batch_size)
@@ -95,8 +94,8 @@ def run(
     results["seed"], results["settings"] = seed, settings
     results["examples"] = _examples(results["questions"], num_examples, questions, folder)
     launch.save_operative_config(folder)
-    _write(folder / TABLES, tables(results))
-    _write(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    results_folder.write(folder / results_folder.TABLES, tables(results))
+    results_folder.write(folder / results_folder.RESULTS, json.dumps(results, indent=1) + "\n")
     return results["figures"]
 
 
@@ -115,37 +114,6 @@ def _load_questions(root, vocabulary, split: str, limit: int | None):
     )
 
 
-def _finished(folder: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The results, if they are there and were made with these settings."""
-    try:
-        results = json.loads((folder / RESULTS).read_text())
-    except (OSError, ValueError):
-        return None
-    return results if results.get("settings") == settings else None
-
-
-def _begin(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
-    """Makes the folder; drops what was made with other settings."""
-    from t5x_audio.errors import UserError
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = folder / SETTINGS
-        if not kept.exists() or json.loads(kept.read_text()) != settings:
-            (folder / RESULTS).unlink(missing_ok=True)
-            (folder / ANSWERS).unlink(missing_ok=True)
-            shutil.rmtree(folder / SPEECH, ignore_errors=True)
-            _write(kept, json.dumps(settings))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: cannot be written ({error}); give another folder") from error
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def answer_all(assistant, questions: Sequence, path: pathlib.Path, batch_size: int):
     """Answers what `path` (JSON lines of id, text, codes) does not answer yet, batch by batch.
 
@@ -155,7 +123,9 @@ def answer_all(assistant, questions: Sequence, path: pathlib.Path, batch_size: i
     import numpy as np
     import tqdm
 
-    known = _read_answers(path)
+    from t5x_audio.evaluation import results_folder
+
+    known = results_folder.read_rows(path)
     missing = [one for one in questions if one.id not in known]
     progress = tqdm.tqdm(total=len(questions), initial=len(known), desc="answers", unit="q")
     with progress, path.open("a") as file:
@@ -170,21 +140,6 @@ def answer_all(assistant, questions: Sequence, path: pathlib.Path, batch_size: i
             progress.update(len(batch))
     rows = [known[one.id] for one in questions]
     return [row["text"] for row in rows], [np.asarray(row["codes"], np.int32) for row in rows]
-
-
-def _read_answers(path: pathlib.Path) -> dict[str, dict]:
-    """Rows by id; a last line that was cut short is taken off the file."""
-    if not path.exists():
-        return {}
-    rows, whole = {}, ""
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        whole += line
-        row = json.loads(line)
-        rows[row["id"]] = row
-    _write(path, whole)
-    return rows
 
 
 def speak_all(assistant, questions: Sequence, codes: Sequence, folder: pathlib.Path):

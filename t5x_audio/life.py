@@ -62,6 +62,9 @@ STAGES = (
     Stage("train_flow", "train", "flow", "vocoder: flow matching"),
     Stage("train_hift", "train", "hift", "vocoder: HiFT"),
     Stage("evaluate", "evaluate", "evaluation", "evaluation on held-out spoken questions"),
+    Stage(
+        "evaluate_resynthesis", "evaluate_resynthesis", "resynthesis", "what codes leave of speech"
+    ),
     Stage("make_report", "make_report", "report.html", "report"),
 )
 

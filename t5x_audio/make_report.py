@@ -3,7 +3,7 @@ r"""Makes the report of a run: `<run_dir>/report.html`, one page that needs noth
 Where the page's name ends in .md, it is the Markdown edition instead, with tables and losses but
 without sound: what a repository keeps of a run.
 
-It gathers what the stages left behind: results and recordings of the evaluation, every stage's
+It gathers what the stages left behind: results and recordings of the evaluations, every stage's
 `metrics.jsonl` and operative configuration, and the times in `stages.json`. What is not there yet
 is left out, so that a half-finished run can be looked at too.
 
@@ -39,6 +39,24 @@ SPEEDS = (
     ("tokens_per_second", "tokens per second", "number", "one answer at a time, text and audio"),
     ("real_time_factor", "real-time factor", "score", "time taken per second of speech answered"),
 )  # fmt: skip
+VERSIONS = (
+    ("recording", "recordings"),
+    ("copy", "own mel through HiFT"),
+    ("both", "both codebooks"),
+    ("semantic", "semantic codes only"),
+    ("linguistic", "linguistic codes only"),
+)
+LOSSES = (
+    # name in results.json after the version, what it is called, how it is written
+    ("wer", "word errors", "percent"),
+    ("cer", "character errors", "percent"),
+    ("dnsmos", "DNSMOS overall", "score"),
+    ("speaker_similarity", "GE2E cosine to the recording", "score"),
+    ("mel_distance", "mel distance, dB", "score"),
+    ("f0_correlation", "F0 correlation", "score"),
+    ("f0_semitones", "F0 distance, semitones", "score"),
+    ("voicing_agreement", "same voicing", "percent"),
+)
 PACKAGES = ("t5x_audio", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "seqio")
 
 
@@ -101,6 +119,7 @@ def gather(root: pathlib.Path, title: str):
     from t5x_audio.evaluation import report
 
     results = _read_json(root / "evaluation" / "results.json")
+    resynthesis = _read_json(root / "resynthesis" / "results.json")
     ledger = _read_json(root / "stages.json")
     figures = results.get("figures", {})
     return report.Report(
@@ -108,7 +127,7 @@ def gather(root: pathlib.Path, title: str):
         lead=_lead(root, results),
         figures=_headline(figures),
         examples=tuple(_example(root / "evaluation", row) for row in results.get("examples", ())),
-        tables=measured_tables(results),
+        tables=(*measured_tables(results), *resynthesis_tables(resynthesis)),
         stages=_stages(root, ledger),
         facts=_facts(root, results, ledger),
     )
@@ -222,6 +241,22 @@ def measured_tables(results: Mapping[str, Any]):
         head = ("", "questions", "right in the text channel", "right as heard")
         tables += [report.Table(title, head, rows)] if len(rows) > 1 else []
     return tuple(tables)
+
+
+def resynthesis_tables(results: Mapping[str, Any]):
+    """What codes, flow matching and HiFT leave of held-out speech."""
+    from t5x_audio.evaluation import report
+
+    figures = results.get("figures", {})
+    if not figures:
+        return ()
+    rows = tuple(
+        (what, *(_anchor(figures, f"{version}_{name}", form) for name, _, form in LOSSES))
+        for version, what in VERSIONS
+    )
+    notes = {what: results["notes"][version] for version, what in VERSIONS}
+    columns = ("", *(what for _, what, _ in LOSSES))
+    return (report.Table(f"Resynthesis of {figures['clips']} clips", columns, rows, notes),)
 
 
 def _anchor(figures: Mapping[str, Any], name: str, form: str) -> str:

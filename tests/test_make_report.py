@@ -6,6 +6,7 @@ import pytest
 from t5x_audio import make_report
 from t5x_audio.audio import io
 from t5x_audio.errors import UserError
+from t5x_audio.make_report import VERSIONS
 
 
 def _judged(heard, right):
@@ -59,6 +60,18 @@ def test_report_of_a_run(evaluated):
     assert page.count("<audio") == 1  # the recording that is gone is left out
     assert 'aria-label="loss of sft1 over steps"' in page
     assert not list(evaluated.glob("*.tmp"))
+
+
+def test_report_of_resynthesis(evaluated):
+    figures = {"clips": 3, "recording_wer": 0.05, "both_wer": 0.25, "both_mel_distance": 6.256}
+    results = {"figures": figures, "notes": {name: f"about {name}" for name, _ in VERSIONS}}
+    (evaluated / "resynthesis").mkdir()
+    (evaluated / "resynthesis" / "results.json").write_text(json.dumps(results))
+    path = evaluated / "report.html"
+    make_report.run(model_dir=str(path), run_dir=str(evaluated))
+    page = path.read_text()
+    for shown in ("Resynthesis of 3 clips", "25.0 %", "6.26", "about semantic"):
+        assert shown in page
 
 
 def test_unfinished_run_has_a_report_too(tmp_path):

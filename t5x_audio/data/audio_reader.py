@@ -270,6 +270,7 @@ class FlowBatches(_Batches):
         max_eval_batches: int | None = None,
         embeddings_file: str = "speaker_embeddings.npz",
         sample_rate: int = RATE,
+        codebook: str | None = None,
     ):
         """Opens the corpora and their tokens; speaker embeddings that lack are made with batches.
 
@@ -278,6 +279,7 @@ class FlowBatches(_Batches):
           embed: waveforms float32 [T] each -> float32 [N, D]; None = the file must be complete.
           embeddings_file: under tokens/, one embedding a clip.
           sample_rate: of `audio`, Hz. Corpora have 16 kHz: a higher rate has nothing above 8 kHz.
+          codebook: 'linguistic' or 'semantic', see `dual_codebook.only`; None = both.
 
         The other arguments are those of `AudioBatches`.
         """
@@ -290,7 +292,7 @@ class FlowBatches(_Batches):
         ]
         self._shape = (bucket_seconds, batch_seconds, rows_multiple_of, seed)
         self._embeddings_path = os.path.join(run_dir, "tokens", embeddings_file)
-        self._embed, self._sample_rate = embed, sample_rate
+        self._embed, self._codebook, self._sample_rate = embed, codebook, sample_rate
         self._codes: dict[str, np.ndarray] = {}
         self._speakers: dict[str, np.ndarray] = {}
         self._train = self._open("train")
@@ -301,8 +303,11 @@ class FlowBatches(_Batches):
             if not records.has_split(directory, split):
                 continue
             for record in records.open_records(directory, split):
-                codes = (record["linguistic"], record["semantic"], self._linguistic_size)
-                self._codes[f"{split} {record['id']}"] = dual_codebook.merge(*codes)
+                size = self._linguistic_size
+                codes = dual_codebook.merge(record["linguistic"], record["semantic"], size)
+                if self._codebook is not None:
+                    codes = dual_codebook.only(codes, size, self._codebook)
+                self._codes[f"{split} {record['id']}"] = codes
         keys = [f"{split} {clip_id}" for clip_id in index.ids]
         known = np.array([len(self._codes.get(key, ())) > 0 for key in keys])
         if not known.any():

@@ -31,10 +31,7 @@ def render(report: Report, command: str | None, picture: str | None) -> str:
     """
     parts = [f"# {report.title}", report.lead]
     parts += [f"Made by `{command}`."] if command else []
-    for table in report.tables:
-        parts += [f"## {table.title}", table_markdown(table)]
-        names = [row[0] for row in table.rows if row[0] in table.notes]
-        parts += [_list((name, table.notes[name]) for name in names)] if names else []
+    parts += [table_section(table) for table in report.tables]
     timed = [stage for stage in report.stages if stage.seconds is not None]
     if timed:
         parts += ["## Where time and arithmetic went", _times(timed)]
@@ -99,6 +96,13 @@ def _times(stages: Sequence[Stage]) -> str:
     total = duration(sum(stage.seconds for stage in stages))
     head = ("stage", "wall clock", "in training steps", "GFLOP/s in steps")
     return table_markdown(Table("", head, (*rows, ("together", total, "", ""))))
+
+
+def table_section(table: Table) -> str:
+    """A table with its heading and its notes."""
+    names = [row[0] for row in table.rows if row[0] in table.notes]
+    notes = [_list((name, table.notes[name]) for name in names)] if names else []
+    return "\n\n".join([f"## {table.title}", table_markdown(table), *notes])
 
 
 def table_markdown(table: Table) -> str:

@@ -8,6 +8,7 @@ anything is computed: the vocabulary, the two codebooks, the backbone's table an
 import dataclasses
 import hashlib
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 from t5x_audio.errors import UserError
@@ -23,6 +24,9 @@ PARTS = {
     "hift": "train_hift",
 }
 """What answering needs: folder -> the stage that makes it."""
+
+SOUND_PARTS = ("linguistic_tokenizer", "semantic", "flow", "hift")
+"""What speech needs to become codes and speech again."""
 
 COMMIT_FILE = "_CHECKPOINT_METADATA"  # Orbax writes the time of the save into it
 
@@ -98,6 +102,11 @@ class RunDirectory:
         return self.root / "evaluation"
 
     @property
+    def resynthesis(self) -> pathlib.Path:
+        """Results of resynthesis."""
+        return self.root / "resynthesis"
+
+    @property
     def ledger(self) -> pathlib.Path:
         """When each stage was finished and how long it took."""
         return self.root / "stages.json"
@@ -108,11 +117,7 @@ class RunDirectory:
         Raises:
           UserError: a part is missing (naming the stage that makes it) or of another size.
         """
-        if not self.root.is_dir():
-            raise UserError(f"{self.root}: no such run directory; run `make demo` to make one")
-        for folder, stage in PARTS.items():
-            if not (self.root / folder).is_dir():
-                raise UserError(f"{self.root}: has no {folder}/; run its stage {stage} first")
+        self._require(PARTS)
         vocabulary = Vocabulary.load(str(self.vocabulary))
         for folder, what, size, wanted in self._sizes(vocabulary):
             if size != wanted:
@@ -121,6 +126,31 @@ class RunDirectory:
                     f"{wanted}; these parts belong to different runs, train this one again"
                 )
         return vocabulary
+
+    def check_sound(self) -> tuple[int, int]:
+        """Sizes of both codebooks, after making sure that tokenizers and vocoder are there and fit.
+
+        Raises:
+          UserError: as `check`.
+        """
+        self._require(SOUND_PARTS)
+        linguistic = self.config(self.linguistic_tokenizer).codebook_size
+        semantic = self.config(self.semantic_tokenizer).codebook_size
+        if (found := self.config(self.flow).codebook) != linguistic + semantic:
+            raise UserError(
+                f"{self.flow}: codebook is {found} but the tokenizers have {linguistic} + "
+                f"{semantic} codes; these parts belong to different runs, train this one again"
+            )
+        return linguistic, semantic
+
+    def _require(self, parts: Iterable[str]) -> None:
+        if not self.root.is_dir():
+            raise UserError(f"{self.root}: no such run directory; run `make demo` to make one")
+        for folder in parts:
+            if not (self.root / folder).is_dir():
+                raise UserError(
+                    f"{self.root}: has no {folder}/; run its stage {PARTS[folder]} first"
+                )
 
     def _sizes(self, vocabulary: Vocabulary) -> list[tuple[pathlib.Path, str, int, int]]:
         """Rows of (folder, what, its size there, its size by the vocabulary)."""
@@ -139,10 +169,10 @@ class RunDirectory:
              linguistic_size),
         ]  # fmt: skip
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, parts: Iterable[str] = tuple(PARTS)) -> str:
         """Changes when the weights of any part do; the same for a copy of the directory."""
         digest = hashlib.sha256()
-        for folder in PARTS:
+        for folder in parts:
             path = self.root / folder
             steps = checkpoints.checkpoint_steps(path)
             commit = path / "checkpoints" / str(steps[-1] if steps else 0) / COMMIT_FILE

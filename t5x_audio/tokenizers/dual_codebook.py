@@ -53,6 +53,21 @@ def split(flat: np.ndarray, linguistic_size: int) -> tuple[np.ndarray, np.ndarra
     return linguistic.reshape(-1), semantic.reshape(-1) - linguistic_size
 
 
+def only(flat: np.ndarray, linguistic_size: int, codebook: str) -> np.ndarray:
+    """Flat local codes of which one codebook is left; in the other's places stands its code 0.
+
+    Args:
+      flat: int32 [5 g].
+      linguistic_size: rows of the linguistic codebook.
+      codebook: the one that is kept, 'linguistic' or 'semantic'.
+    """
+    streams = dict(zip(("linguistic", "semantic"), split(flat, linguistic_size), strict=True))
+    if codebook not in streams:
+        raise UserError(f"codebook={codebook!r}: there are 'linguistic' and 'semantic'")
+    kept = {name: codes if name == codebook else 0 * codes for name, codes in streams.items()}
+    return merge(kept["linguistic"], kept["semantic"], linguistic_size)
+
+
 class DualCodebookTokenizer:
     """Both tokenizers behind one call.
 

@@ -11,6 +11,8 @@ Choices:
 - A stream (`TokenVocoder.stream`) draws the same noise for the same frames as `synthesize`.
 """
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,18 @@ class TokenVocoder:
         self._to_samples = jax.jit(self._hift_step)
         self._to_next_mel = jax.jit(self._flow_chunk)
         self._to_next_samples = jax.jit(self._hift_window)
+
+    def with_flow(self, flow: FlowMatching) -> "TokenVocoder":
+        """The same vocoder with other weights of its flow; nothing compiles anew.
+
+        Raises:
+          UserError: the flow is of other sizes.
+        """
+        if flow.config != self.flow_config:
+            raise UserError("the other flow has other settings; train both with the same gin files")
+        other = copy.copy(self)
+        other._flow_state = nnx.state(flow)
+        return other
 
     def synthesize(
         self,

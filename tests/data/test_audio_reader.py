@@ -170,6 +170,17 @@ def test_flow_batches_join_audio_with_its_codes(run_dir):
         iter(audio_reader.FlowBatches(run_dir, None, **_BUCKETS, embeddings_file="none.npz"))
 
 
+def test_flow_batches_of_one_codebook(run_dir):
+    dataset = audio_reader.FlowBatches(run_dir, _embed, **_BUCKETS, codebook="semantic")
+    both = audio_reader.FlowBatches(run_dir, _embed, **_BUCKETS)
+    one, other = (
+        dual_codebook.split(batch["codes"][0, : batch["code_lengths"][0]], 32)
+        for batch in (dataset.batch(3), both.batch(3))
+    )
+    assert not one[0].any() and other[0].any()
+    np.testing.assert_array_equal(one[1], other[1])
+
+
 def test_segments(run_dir):
     dataset = audio_reader.SegmentBatches(run_dir, segment_seconds=0.6, batch_size=4)
     for batch in itertools.islice(dataset, 10):

@@ -43,6 +43,15 @@ def test_a_group_is_two_linguistic_then_three_semantic():
     np.testing.assert_array_equal(flat, [1, 2, 100, 101, 102, 3, 4, 103, 104, 105])
 
 
+def test_only_one_codebook_is_left():
+    flat = np.array([1, 2, 101, 102, 103], np.int32)
+    assert dual_codebook.only(flat, 100, "semantic").tolist() == [0, 0, 101, 102, 103]
+    assert dual_codebook.only(flat, 100, "linguistic").tolist() == [1, 2, 100, 100, 100]
+    assert flat.tolist() == [1, 2, 101, 102, 103]
+    with pytest.raises(UserError, match="codebook='both'"):
+        dual_codebook.only(flat, 100, "both")
+
+
 @pytest.mark.parametrize("flat", [[1, 2, 100, 101], [1, 100, 2, 101, 102], [1, 2, 3, 101, 102]])
 def test_split_refuses_what_is_not_groups(flat):
     with pytest.raises(ValueError):

@@ -95,6 +95,18 @@ def test_pairs_after_a_prompt(paired):
         paired.mel(codes, SPEAKER, prompt_codes=prompt, prompt_mel=mel[:5])
 
 
+def test_another_flow_of_the_same_sizes_takes_its_place(vocoder, build):
+    def shift(flow):
+        flow.project.bias[...] += 1.0
+
+    codes, before = list(range(10)), vocoder.mel(list(range(10)), SPEAKER)
+    other = vocoder.with_flow(build(FLOW, edit=shift))
+    assert np.abs(other.mel(codes, SPEAKER) - before).max() > 0
+    np.testing.assert_array_equal(vocoder.mel(codes, SPEAKER), before)
+    with pytest.raises(UserError, match="other settings"):
+        vocoder.with_flow(build(dataclasses.replace(FLOW, num_steps=2)))
+
+
 def test_prompt_is_not_part_of_the_output(vocoder):
     mel = np.full((20, 6), -5.0, np.float32)
     samples = vocoder.synthesize(
