@@ -39,7 +39,7 @@ from t5x_audio.evaluation import summary
 
 SIDES = ("ours", "theirs")
 STAGES = ("flow", "hift")
-CASES = ((5.04, 1), (10.08, 1), (5.04, 4))  # seconds, utterances
+CASES = ("5.04x1", "10.08x1", "5.04x4")  # seconds x utterances
 SPEAKER_DIM, NUM_MELS, LINGUISTIC_SIZE, CODES = 192, 80, 1024, 5120
 TOLERANCES = {"flow": 1e-3, "hift": 1e-2}  # relative to the largest value, float32 on both sides
 
@@ -297,8 +297,8 @@ def race(flags, name: str) -> list[tuple[str, ...]]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         sides = {side: Side(side, flags, name, stages, folder) for side in SIDES[::-1]}
-        for case in CASES[: flags.cases]:
-            print(f"{variant.name}: {case[1]} x {case[0]:.0f} s", file=sys.stderr, flush=True)
+        for case in map(_seconds_and_rows, flags.cases):
+            print(f"{variant.name}: {case[1]} x {case[0]:g} s", file=sys.stderr, flush=True)
             flops = {side: one.ask(do="prepare", case=case) for side, one in sides.items()}
             _require_agreement(pathlib.Path(folder), stages, variant)
             found = {side: {stage: [] for stage in stages} for side in SIDES}
@@ -314,13 +314,16 @@ def race(flags, name: str) -> list[tuple[str, ...]]:
     return rows
 
 
+def _seconds_and_rows(case: str) -> tuple[float, int]:
+    seconds, rows = case.split("x")
+    return float(seconds), int(rows)
+
+
 def available(variant: Variant) -> tuple[str, ...]:
     """The stages whose reference and reader are there."""
     from tests.parity import cosyvoice_reference as reference
 
-    if variant.sizes and not hasattr(reference, variant.sizes):
-        return ("flow",)
-    return STAGES
+    return ("flow",) if variant.sizes and not hasattr(reference, variant.sizes) else STAGES
 
 
 def _require_agreement(folder: pathlib.Path, stages, variant: Variant) -> None:
@@ -357,7 +360,7 @@ def table_rows(variant: Variant, case, found, flops) -> list[tuple[str, ...]]:
             a["cpu"] for a in mine
         )
         peaks = [max(call["peak"] for call in calls) / 2**20 for calls in (mine, other)]
-        what = f"{seconds:.0f} s" if utterances == 1 else f"{utterances} x {seconds:.0f} s"
+        what = f"{seconds:g} s" if utterances == 1 else f"{utterances} x {seconds:g} s"
         rows.append(
             (
                 variant.name,
@@ -379,7 +382,7 @@ def table_rows(variant: Variant, case, found, flops) -> list[tuple[str, ...]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which, with commas")
-    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    parser.add_argument("--cases", nargs="+", default=CASES, help="seconds x utterances, each")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs" / "results")
