@@ -293,7 +293,8 @@ class Side:
 
 def race(flags, name: str) -> list[tuple[str, ...]]:
     """Rows of the table for one variant."""
-    variant, stages = VARIANTS[name], available(VARIANTS[name])
+    variant = VARIANTS[name]
+    stages = [stage for stage in available(variant) if stage in flags.stages.split(",")]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         sides = {side: Side(side, flags, name, stages, folder) for side in SIDES[::-1]}
@@ -383,12 +384,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which, with commas")
     parser.add_argument("--cases", nargs="+", default=CASES, help="seconds x utterances, each")
+    parser.add_argument("--stages", default=",".join(STAGES), help="which, with commas")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs" / "results")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
-    parser.add_argument("--stages", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.serve:
