@@ -128,8 +128,9 @@ def test_stream(pair):
     frames = config.mel_lengths(len(codes))
     prompt_mel = rng.normal(size=(config.mel_lengths(sizes[0]), 80))
     decoder = pair.theirs.decoder
-    decoder.cnn_cache_buffer = torch.zeros(10, 16, 2, 1024, 2).double()
-    decoder.att_cache_buffer = torch.zeros(10, 16, 2, 8, frames, 128).double()
+    for owner, times in ((decoder, (10,)), (decoder.estimator, ())):
+        owner.cnn_cache_buffer = torch.zeros(*times, 16, 2, 1024, 2).double()
+        owner.att_cache_buffer = torch.zeros(*times, 16, 2, 8, frames, 128).double()
     noise = decoder.rand_noise[0, :, :frames].T.numpy().astype(np.float32)
 
     @functools.partial(jax.jit, static_argnames="start")

@@ -12,6 +12,7 @@ from flax import nnx
 from t5x_audio.vocoder.hift import HiftConfig
 from t5x_audio.vocoder.hift_stream import HiftStream, context
 from tests.toy_vocoder import HIFT
+from tests.vocoder.spectral_flux import clicks
 
 LONG_REACH = dataclasses.replace(
     HIFT,
@@ -79,6 +80,21 @@ def test_any_pushing_gives_the_whole(case, pieces):
     made.append(session.finish())
     assert np.std(whole) > 1e-3
     np.testing.assert_allclose(np.concatenate(made), whole, atol=1e-3 * np.abs(whole).max())
+
+
+def test_a_tone_has_no_click_at_the_seams(case):
+    """A jump of its phase would be found."""
+    stream, hop = case.stream(), case.config.hop
+    frames = 28800 // hop
+    pieces = [stream.push(np.full((7, 6), -2.0, np.float32)) for _ in range(frames // 7)]
+    tone = np.concatenate([*pieces, stream.finish()])
+    seams = np.cumsum([len(one) for one in pieces])[2:-4]
+    seams = seams[(seams > 4000) & (seams < len(tone) - 4000)]
+    seams = seams[::5]
+    assert tone.std() > 1e-3 and len(seams) > 5 and not clicks(tone, seams)
+    for seam in seams:
+        tone[seam:] *= -1.0
+    assert clicks(tone, seams)
 
 
 def test_less_than_the_delay_comes_at_the_end(case):

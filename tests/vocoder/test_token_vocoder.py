@@ -10,6 +10,7 @@ from t5x_audio.errors import UserError
 from t5x_audio.vocoder.flow_stream import StreamConfig
 from t5x_audio.vocoder.token_vocoder import TokenVocoder
 from tests.toy_vocoder import FLOW, HIFT, HIFT_FRAMES, PAIRED_FLOW
+from tests.vocoder.spectral_flux import clicks
 
 SPEAKER = np.array([1.0, -1.0, 0.5, 0.0], np.float32)
 
@@ -193,32 +194,15 @@ def test_any_pushing_gives_the_same_samples(streaming):
     np.testing.assert_allclose(np.concatenate(one_by_one), made, atol=1e-3)
 
 
-def spectral_flux(samples) -> np.ndarray:
-    """Rise of the spectrum from one 10 ms to the next, over its mean level."""
-    frames = np.lib.stride_tricks.sliding_window_view(samples, 512)[::160]
-    spectra = np.abs(np.fft.rfft(frames * np.hanning(512)))
-    return np.maximum(np.diff(spectra, axis=0), 0.0).sum(1) / spectra.sum(1).mean()
-
-
-def clicks(samples, seams) -> bool:
-    """Whether the spectrum changes more where chunks meet than within them."""
-    flux = spectral_flux(samples)
-    near = np.zeros(len(flux), bool)
-    near[np.concatenate([seams // 160 + i for i in range(-4, 1)])] = True
-    inside = flux[10:-10][~near[10:-10]]
-    return flux[near].max() > 1.1 * inside.max() or flux[near].mean() > 1.5 * inside.mean()
-
-
-@pytest.mark.parametrize("sound", ["steady", "speech"])
-def test_no_click_at_the_seams(streaming, sound):
-    rng = np.random.default_rng(0)
-    codes = np.tile([3, 4, 20, 21, 22], 30) if sound == "steady" else rng.integers(0, 30, 150)
+def test_speech_has_no_click_at_the_seams(streaming):
+    """Where chunks meet, the spectrum changes no more than within them."""
+    codes = np.random.default_rng(0).integers(0, 30, 150)
     samples = np.concatenate(pushed(streaming, codes, ()))
     seams = np.arange(2, 9) * streaming.flow_config.mel_lengths(15) * streaming.hop
     assert not clicks(samples, seams)
-    spoiled = samples.copy()
-    spoiled[seams] += 1.0
-    assert clicks(spoiled, seams)
+    for seam in seams:
+        samples[seam - 320 : seam] = 0.0
+    assert clicks(samples, seams)
 
 
 def test_what_fits_into_a_chunk_is_as_in_the_whole(streaming):
