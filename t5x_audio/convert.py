@@ -6,7 +6,8 @@ r"""Backbones from and to Hugging Face, and from GGUF files; published tokenizer
     python -m t5x_audio.convert --from_paraformer=DIR --codebook=linguistic_tokenizer.npy \
       --from_speech_tokenizer=speech_tokenizer_v1.onnx --model_dir=runs/step
     python -m t5x_audio.convert --model_dir=runs/step --to_paraformer=DIR --to_speech_tokenizer=FILE
-    python -m t5x_audio.convert --from_flow=flow.pt --from_hift=hift.pt --model_dir=runs/step
+    python -m t5x_audio.convert --from_flow=flow.pt --from_hift=hift.pt \
+      --from_campplus=campplus.onnx --model_dir=runs/step
 
 Tensors keep their type (quantised ones become float32) and pass one at a time: memory is bounded by
 the largest (benchmarks/large_import.py), except in the export of a run's checkpoint, which holds
@@ -15,7 +16,7 @@ the same files, byte for byte; `--dtype` and other models get files of their own
 
 Tokenizers become `<model_dir>/linguistic_tokenizer` and `<model_dir>/semantic`, as in a run
 (docs/tokenizers.md); vocoders `flow` and `hift`: Step-Audio-TTS-3B's, which is CosyVoice-1's, and
-that of its successors (docs/vocoder.md).
+that of its successors; `speaker_encoder`, their CAM++ (docs/vocoder.md).
 """
 
 import json
@@ -49,8 +50,10 @@ def run(
     to_speech_tokenizer: str | None = None,
     from_flow: str | None = None,
     from_hift: str | None = None,
+    from_campplus: str | None = None,
     to_flow: str | None = None,
     to_hift: str | None = None,
+    to_campplus: str | None = None,
 ) -> dict[str, Any]:
     """Imports a checkpoint to `model_dir`, or exports the model there.
 
@@ -66,7 +69,8 @@ def run(
       to_paraformer: folder to export the linguistic tokenizer to, its codebook included.
       to_speech_tokenizer: ONNX file to export the semantic tokenizer to.
       from_flow, from_hift: files of a vocoder to import, flow.pt and hift.pt, of either form.
-      to_flow, to_hift: files to export it to.
+      from_campplus: ONNX file of its speaker encoder to import.
+      to_flow, to_hift, to_campplus: files to export them to.
 
     Returns:
       Of a backbone its family, of each model parameters and tensors, and where they went.
@@ -75,14 +79,17 @@ def run(
       UserError: none or several of the ways, or a checkpoint that is missing, damaged, of another
         family or with tensors that do not fit its configuration.
     """
-    parts_in = from_paraformer or from_speech_tokenizer or from_flow or from_hift
-    parts_out = to_paraformer or to_speech_tokenizer or to_flow or to_hift
+    files_in = (from_paraformer, codebook, from_speech_tokenizer, from_flow, from_hift)
+    files_in = (*files_in, from_campplus)
+    files_out = (to_paraformer, to_speech_tokenizer, to_flow, to_hift, to_campplus)
+    parts_in = next(filter(None, (from_paraformer, *files_in[2:])), None)
+    parts_out = next(filter(None, files_out), None)
     ways = [from_hf, from_gguf, to_hf, parts_in, parts_out]
     if ways.count(None) != len(ways) - 1:
         raise UserError(
             "convert: give --from_hf=FOLDER, --from_gguf=FILE or --to_hf=FOLDER alone; or some of "
-            "--from_paraformer=FOLDER, --from_speech_tokenizer=FILE, --from_flow=FILE and "
-            "--from_hift=FILE; or some of the same with --to_"
+            "--from_paraformer=FOLDER, --from_speech_tokenizer=FILE, --from_flow=FILE, "
+            "--from_hift=FILE and --from_campplus=FILE; or some of the same with --to_"
         )
     if (codebook is None) != (from_paraformer is None):
         raise UserError("convert: --from_paraformer=FOLDER and --codebook=FILE.npy go together")
@@ -93,11 +100,9 @@ def run(
     if from_gguf is not None:
         return import_gguf(Path(from_gguf), Path(model_dir))
     if parts_in is not None:
-        files = (from_paraformer, codebook, from_speech_tokenizer, from_flow, from_hift)
-        return import_parts(Path(model_dir), *map(_path, files))
+        return import_parts(Path(model_dir), *map(_path, files_in))
     if parts_out is not None:
-        files = (to_paraformer, to_speech_tokenizer, to_flow, to_hift)
-        return export_parts(Path(model_dir), *map(_path, files))
+        return export_parts(Path(model_dir), *map(_path, files_out))
     return export_checkpoint(Path(model_dir), Path(to_hf), dtype)
 
 
@@ -296,9 +301,10 @@ def import_parts(
     onnx_file: Path | None,
     flow_file: Path | None,
     hift_file: Path | None,
+    campplus_file: Path | None,
 ) -> dict[str, Any]:
     """See `run`. All are read and checked before anything is written."""
-    from t5x_audio.interop import cosyvoice_hift, paraformer, speech_tokenizer
+    from t5x_audio.interop import campplus, cosyvoice_hift, paraformer, speech_tokenizer
     from t5x_audio.serving.model_dir import RunDirectory
     from t5x_audio.training import checkpoints
 
@@ -311,6 +317,8 @@ def import_parts(
         loaded[places.flow] = _load_flow(flow_file)
     if hift_file is not None:
         loaded[places.hift] = cosyvoice_hift.load(hift_file)
+    if campplus_file is not None:
+        loaded[places.speaker_encoder] = campplus.load(campplus_file)
     summary: dict[str, Any] = {"model_dir": str(model_dir)}
     for place, (model, report) in loaded.items():
         summary |= {f"{place.name}_{name}": number for name, number in report.items()}
@@ -332,13 +340,15 @@ def export_parts(
     onnx_file: Path | None,
     flow_file: Path | None,
     hift_file: Path | None,
+    campplus_file: Path | None,
 ) -> dict[str, Any]:
     """See `run`."""
-    from t5x_audio.interop import cosyvoice_hift, paraformer, speech_tokenizer
+    from t5x_audio.interop import campplus, cosyvoice_hift, paraformer, speech_tokenizer
     from t5x_audio.serving.model_dir import RunDirectory
     from t5x_audio.tokenizers.linguistic import LinguisticTokenizer
     from t5x_audio.tokenizers.semantic import SemanticTokenizer
     from t5x_audio.training import checkpoints
+    from t5x_audio.vocoder.campplus import CamPlus
     from t5x_audio.vocoder.flow import FlowMatching
     from t5x_audio.vocoder.hift import HiftGenerator
     from t5x_audio.vocoder.paired_flow import PairedFlow
@@ -352,6 +362,7 @@ def export_parts(
          speech_tokenizer.save),
         (places.flow, (FlowMatching, PairedFlow), flow_file, "flow_file", _save_flow),
         (places.hift, HiftGenerator, hift_file, "hift_file", cosyvoice_hift.save),
+        (places.speaker_encoder, CamPlus, campplus_file, "campplus_file", campplus.save),
     ):  # fmt: skip
         if path is None:
             continue
@@ -400,9 +411,10 @@ def _add_flags(parser) -> None:
     parser.add_argument("--from_speech_tokenizer", help="ONNX file of CosyVoice to import")
     parser.add_argument("--to_paraformer", help="folder to export the linguistic tokenizer to")
     parser.add_argument("--to_speech_tokenizer", help="ONNX file to export the semantic one to")
-    for name, file in (("flow", "flow.pt"), ("hift", "hift.pt")):
-        parser.add_argument(f"--from_{name}", help=f"{file} to import")
-        parser.add_argument(f"--to_{name}", help=f"{file} to export to")
+    for name in ("flow.pt", "hift.pt", "campplus.onnx"):
+        flag = name.partition(".")[0]
+        parser.add_argument(f"--from_{flag}", help=f"{name} to import")
+        parser.add_argument(f"--to_{flag}", help=f"{name} to export to")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ _FLOAT32_EPSILON = np.finfo(np.float32).eps
 
 @dataclasses.dataclass(frozen=True)
 class KaldiFbankConfig:
-    """Kaldi log-mel energies as Paraformer uses them (dither 0: tokens must be deterministic)."""
+    """Kaldi log-mel energies as Paraformer uses them (dither 0: tokens must be deterministic).
+
+    `window_shape` is "hamming" or Kaldi's own "povey", a Hann window to the power of 0.85.
+    """
 
     sample_rate: int = 16000
     num_mels: int = 80
@@ -36,6 +39,7 @@ class KaldiFbankConfig:
     fmin: float = 20.0
     fmax: float | None = None  # None = half the sample rate
     scale: float = 32768.0  # Kaldi expects 16-bit integer amplitudes
+    window_shape: str = "hamming"
 
     def num_frames(self, samples):
         """Frames of so many samples (int or array): only whole windows ("snip edges")."""
@@ -101,7 +105,7 @@ def kaldi_fbank(samples, lengths=None, config: KaldiFbankConfig = KaldiFbankConf
     frames = frame(samples.astype(jnp.float32) * config.scale, config.window, config.hop)
     frames = frames - frames.mean(-1, keepdims=True)
     before = jnp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
-    frames = (frames - config.preemphasis * before) * _hamming(config.window)
+    frames = (frames - config.preemphasis * before) * _WINDOWS[config.window_shape](config.window)
     filters = mel_filters.kaldi_mel_filters(
         config.sample_rate,
         config.n_fft,
@@ -263,6 +267,13 @@ def _mask(features, num_frames: int, true_frames):
 
 def _hamming(size: int) -> np.ndarray:
     return np.hamming(size).astype(np.float32)
+
+
+def _povey(size: int) -> np.ndarray:
+    return (np.hanning(size) ** 0.85).astype(np.float32)
+
+
+_WINDOWS = {"hamming": _hamming, "povey": _povey}
 
 
 def _hann(size: int, n_fft: int) -> np.ndarray:

@@ -13,14 +13,14 @@ Choices:
 import logging
 import os
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 
 from t5x_audio.audio import io, transforms
-from t5x_audio.data import buckets, corpus, records
+from t5x_audio.data import buckets, corpus, records, speaker_embeddings
+from t5x_audio.data.speaker_embeddings import ClipEmbedder
 from t5x_audio.errors import UserError
 from t5x_audio.sequences.vocabulary import Vocabulary
 from t5x_audio.tokenizers import dual_codebook
@@ -29,9 +29,6 @@ RATE = corpus.RATE
 SAMPLES_PER_GROUP = 1920  # 0.12 s: two linguistic and three semantic codes
 _READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # the loop prefetches
 _log = logging.getLogger(__name__)
-
-# waveforms float32 [T] each -> embeddings float32 [N, D]
-Embed = Callable[[list[np.ndarray]], np.ndarray]
 
 
 class ClipIndex:
@@ -260,7 +257,7 @@ class FlowBatches(_Batches):
     def __init__(
         self,
         run_dir: str,
-        embed: Embed | None = None,
+        embed: ClipEmbedder | None = None,
         corpora: Sequence[str] | None = None,
         roles: Sequence[str] | None = None,
         bucket_seconds: Sequence[float] = (2.4, 4.8, 9.6, 15.0),
@@ -276,8 +273,8 @@ class FlowBatches(_Batches):
 
         Args:
           run_dir: holds corpus/, tokens/ and vocabulary/; clips without tokens are left out.
-          embed: waveforms float32 [T] each -> float32 [N, D]; None = the file must be complete.
-          embeddings_file: under tokens/, one embedding a clip.
+          embed: the speaker encoder; None = the file must be complete.
+          embeddings_file: under tokens/, one embedding a clip; of this encoder.
           sample_rate: of `audio`, Hz. Corpora have 16 kHz: a higher rate has nothing above 8 kHz.
           codebook: 'linguistic' or 'semantic', see `dual_codebook.only`; None = both.
 
@@ -325,7 +322,9 @@ class FlowBatches(_Batches):
 
     def _know_speakers(self, split: str, index: ClipIndex) -> None:
         if not self._speakers.keys() >= set(index.keys):
-            self._speakers |= speaker_embeddings(self._embeddings_path, split, index, self._embed)
+            self._speakers |= speaker_embeddings.of_clips(
+                self._embeddings_path, split, index, self._embed
+            )
 
     def batch(self, place: int) -> dict[str, np.ndarray]:
         """Training batch `place`: the same whenever it is asked for."""
@@ -410,43 +409,3 @@ def _plan(lengths, bucket_seconds, batch_seconds, rows_multiple_of, seed, split)
         )
     made = buckets.make_buckets(lengths, edges, round(batch_seconds * RATE), rows_multiple_of)
     return buckets.BatchPlan(made, seed)
-
-
-def speaker_embeddings(
-    path: str, split: str, index: ClipIndex, embed: Embed | None, batch_size: int = 32
-) -> dict[str, np.ndarray]:
-    """One embedding a clip, computed once and kept in an npz file.
-
-    Args:
-      path: of the file; clips that it lacks are computed and the file is written anew.
-      split, index: the clips; their keys in the file are "<split> <id>".
-      embed: see `FlowBatches`.
-
-    Returns:
-      Key -> float32 [D].
-
-    Raises:
-      UserError: an embedding is missing and there is no `embed`.
-    """
-    known = {}
-    if os.path.exists(path):
-        try:
-            with np.load(path) as archive:
-                known = dict(zip(archive["keys"].tolist(), archive["embeddings"], strict=True))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: is damaged; delete it and start again") from error
-    missing = [i for i in range(len(index)) if f"{split} {index.ids[i]}" not in known]
-    if missing and embed is None:
-        raise UserError(f"{path}: lacks {len(missing)} speaker embeddings; give a speaker encoder")
-    # Similar lengths together, so that an encoder pads little and compiles few shapes.
-    missing.sort(key=lambda i: int(index.lengths[i]))
-    for start in range(0, len(missing), batch_size):
-        some = missing[start : start + batch_size]
-        vectors = np.asarray(embed([index.samples(i) for i in some]), np.float32)
-        known |= {f"{split} {index.ids[i]}": v for i, v in zip(some, vectors, strict=True)}
-    if missing:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.writing", "wb") as file:
-            np.savez(file, keys=np.array(list(known)), embeddings=np.stack(list(known.values())))
-        os.replace(f"{path}.writing", path)
-    return known

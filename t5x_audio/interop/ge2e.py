@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from t5x_audio.audio import model_files
+from t5x_audio.data.speaker_embeddings import ClipEmbedder
 from t5x_audio.errors import UserError
 from t5x_audio.interop import torch_file
 from t5x_audio.vocoder import speaker_encoder
@@ -67,10 +68,12 @@ def _assign(param, value, what: str):
     param[...] = np.asarray(value, np.float32)
 
 
-def clip_embedder():
+def clip_embedder() -> ClipEmbedder:
     """The published encoder as a function: waveforms float32 [T] at 16 kHz -> float32 [N, 256].
 
     It is loaded when it is first called: who makes it may still have a mesh to lay out.
     """
     load = functools.cache(load_speaker_encoder)
-    return lambda waveforms: load().embed_batch(waveforms)
+    return ClipEmbedder(
+        lambda: f"ge2e {SHA256[:16]}", lambda waveforms: load().embed_batch(waveforms)
+    )

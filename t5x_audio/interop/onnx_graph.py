@@ -49,6 +49,14 @@ class Graph:
         """The nodes of a type, in the order of the graph."""
         return [node for node in self._nodes if node.op_type == op_type]
 
+    def maker(self, name: str):
+        """The node that makes a value, or None."""
+        return self._makers.get(name)
+
+    def users(self, node) -> list:
+        """The nodes that take what a node gives."""
+        return self._users.get(node.output[0], [])
+
     def constant(self, name: str, use: bool = True) -> np.ndarray | None:
         """The constant behind a name, perhaps transposed, or None; `use` marks it as used."""
         if name in self._constants:
@@ -160,6 +168,17 @@ class Graph:
     def mark_used(self, array: np.ndarray) -> None:
         """Marks this constant, of `unused_weights`, as used."""
         self._used |= {name for name, other in self._constants.items() if other is array}
+
+
+def attribute(node, name: str, default=None):
+    """The value of a node's attribute: a number, or a list of numbers."""
+    from onnx import helper
+
+    for found in node.attribute:
+        if found.name == name:
+            value = helper.get_attribute_value(found)
+            return list(value) if isinstance(value, (list, tuple)) else value
+    return default
 
 
 def _without_casts(nodes) -> list:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from t5x_audio.interop.onnx_writer import Builder
 from t5x_audio.tokenizers import semantic
 from t5x_audio.tokenizers.semantic import SemanticTokenizerConfig
 
-_OPSET, _IR_VERSION = 14, 8
+_OPSET = 14
 _MASKED = -1e10  # added to the scores of frames beyond the end
 _NORM_EPSILON, _UNIT_EPSILON = 1e-5, 1e-12
 _CODEBOOK = "/quantizer/rq/model/layers.0/_codebook"
@@ -33,71 +34,26 @@ def write(
       weights: of `speech_tokenizer.tensors`, by their names.
       config: sizes.
     """
-    import onnx
-    from onnx import TensorProto, helper
+    from onnx import TensorProto
 
     builder = _Builder(weights)
     indices = _tokenizer(builder, config)
     builder.add("Identity", indices, output="indices")
-    graph = helper.make_graph(
-        builder.nodes,
+    mels = semantic.LOG_MEL.num_mels
+    builder.write(
+        path,
         "speech_tokenizer",
-        [
-            helper.make_tensor_value_info(
-                "feats", TensorProto.FLOAT, ["batch", semantic.LOG_MEL.num_mels, "frames"]
-            ),
-            helper.make_tensor_value_info("feats_length", TensorProto.INT32, ["batch"]),
-        ],
-        [helper.make_tensor_value_info("indices", TensorProto.INT64, ["batch", "codes"])],
-        builder.initializers,
+        {
+            "feats": (TensorProto.FLOAT, ["batch", mels, "frames"]),
+            "feats_length": (TensorProto.INT32, ["batch"]),
+        },
+        {"indices": (TensorProto.INT64, ["batch", "codes"])},
+        _OPSET,
     )
-    model = helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid("", _OPSET)],
-        ir_version=_IR_VERSION,
-        producer_name="t5x_audio",
-    )
-    temporary = path.with_name(path.name + ".writing")
-    onnx.save(model, temporary)
-    temporary.replace(path)
 
 
-class _Builder:
-    """Nodes and initialisers in the making; values go by their names."""
-
-    def __init__(self, weights: Mapping[str, np.ndarray]):
-        self.nodes, self.initializers = [], []
-        self._weights = weights
-        self._names: set[str] = set()
-
-    def add(self, op: str, *inputs: str, scope: str = "", output: str = "", **attributes) -> str:
-        """A node `<scope>/<op>`, numbered where there are more; the name of its output."""
-        from onnx import helper
-
-        stem, count = f"{scope}/{op}", 0
-        name = stem
-        while name in self._names:
-            count += 1
-            name = f"{stem}_{count}"
-        self._names.add(name)
-        output = output or f"{name}_output_0"
-        self.nodes.append(helper.make_node(op, inputs, [output], name=name, **attributes))
-        return output
-
-    def constant(self, value, dtype=np.float32, scope: str = "") -> str:
-        """A Constant node."""
-        from onnx import numpy_helper
-
-        return self.add(
-            "Constant", scope=scope, value=numpy_helper.from_array(np.asarray(value, dtype))
-        )
-
-    def weight(self, ours: str, name: str) -> str:
-        """An initialiser `name` with the weight that we call `ours`."""
-        from onnx import numpy_helper
-
-        self.initializers.append(numpy_helper.from_array(self._weights[ours], name))
-        return name
+class _Builder(Builder):
+    """With the layers of this network."""
 
     def linear(self, x: str, ours: str, scope: str, name: str, bias: bool = True) -> str:
         """X times a matrix, plus a bias."""

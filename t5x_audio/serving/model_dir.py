@@ -92,6 +92,11 @@ class RunDirectory:
         return self.root / "tokens" / "speaker_embeddings.npz"
 
     @property
+    def speaker_encoder(self) -> pathlib.Path:
+        """CAM++, where a run has one of its own: imported or trained."""
+        return self.root / "speaker_encoder"
+
+    @property
     def hift(self) -> pathlib.Path:
         """Mel spectrogram to waveform."""
         return self.root / "hift"

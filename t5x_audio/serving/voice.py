@@ -10,7 +10,7 @@ import zipfile
 
 import numpy as np
 
-from t5x_audio.data import records
+from t5x_audio.data import records, speaker_embeddings
 from t5x_audio.errors import UserError
 from t5x_audio.serving.model_dir import RunDirectory
 
@@ -36,13 +36,10 @@ def answer_voice(root: RunDirectory) -> np.ndarray:
 
 def _mean_of_answers(root: RunDirectory) -> np.ndarray:
     path = root.speaker_embeddings
-    try:
-        with np.load(path) as archive:
-            known = dict(zip(archive["keys"].tolist(), archive["embeddings"], strict=True))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; run the stage train_flow first") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: is damaged; delete it and run train_flow again") from error
+    embeddings = speaker_embeddings.read(path)
+    if embeddings is None:
+        raise UserError(f"{path}: missing; run the stage train_flow first")
+    known = embeddings.vectors
     clips = records.open_records(root.tokens("spoken_qa"), "train")
     keys = [f"train {clip['id']}" for clip in clips if clip["role"] == "answer"]
     found = [known[key] for key in keys if key in known]

@@ -47,6 +47,7 @@ class Convolution(nnx.Module):
         dilation=1,
         padding=None,
         weight_norm: bool = False,
+        use_bias: bool = True,
         nested: bool = False,
         kernel_init=None,
         dtype: str = "float32",
@@ -66,7 +67,7 @@ class Convolution(nnx.Module):
         init = kernel_init or fan_in()
         kernel = init(rngs.params(), (*self.kernel_size, n_in, n_out), jnp.float32)
         self.kernel = nnx.Param(kernel)
-        self.bias = nnx.Param(jnp.zeros(n_out))
+        self.bias = nnx.Param(jnp.zeros(n_out)) if use_bias else None
         self.scale = nnx.Param(_channel_norm(kernel)) if weight_norm else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -79,7 +80,8 @@ class Convolution(nnx.Module):
                 x, kernel = fold_stride(x, kernel, axis, stride, padding[axis])
                 padding = (*padding[:axis], 0, *padding[axis + 1 :])
         convolve = nested_convolution if self.nested else dense_convolution
-        return convolve(x, kernel, self.dilation, padding) + self.bias[...].astype(dtype)
+        y = convolve(x, kernel, self.dilation, padding)
+        return y if self.bias is None else y + self.bias[...].astype(dtype)
 
 
 def dense_convolution(x: jax.Array, kernel: jax.Array, dilation, padding) -> jax.Array:
