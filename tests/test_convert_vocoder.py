@@ -1,6 +1,7 @@
 """CosyVoice's vocoder files in and out; parity with its modules is in tests/parity."""
 
 import dataclasses
+import pathlib
 
 import jax
 import numpy as np
@@ -11,6 +12,8 @@ from t5x_audio import convert
 from t5x_audio.errors import UserError
 from t5x_audio.interop import (
     assembly,
+    campplus,
+    campplus_graph,
     cosyvoice_flow,
     cosyvoice_hift,
     stepaudio2_flow,
@@ -25,6 +28,7 @@ from t5x_audio.vocoder.paired_flow import PairedFlowConfig
 from t5x_audio.vocoder.unet import UnetConfig
 from t5x_audio.vocoder.upsampling_conformer import UpsamplingConformerConfig
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 FLOW = FlowConfig(
     codebook=20, num_mels=8, speaker_dim=6, regulator_layers=2,
     encoder=ConformerConfig(width=16, num_layers=2, num_heads=2, mlp_dim=24),
@@ -80,6 +84,28 @@ def test_hift_comes_back(tmp_path):
 def test_the_form_of_hift_is_told_by_its_tensors(config):
     names = [tensor.name for tensor in cosyvoice_hift.tensors(config)]
     assert cosyvoice_hift.published(names) == config
+
+
+def test_campplus_comes_back_and_embeds_the_clips_of_its_run(tmp_path):
+    file, run = tmp_path / "campplus.onnx", str(tmp_path / "run")
+    with open(GOLDEN / "campplus_folded.onnx", "rb") as source:
+        file.write_bytes(source.read())
+    report = convert.run(model_dir=run, from_campplus=str(file))
+    assert report["speaker_encoder_tensors"] == 128
+    assert report["speaker_encoder_folded_norms"] == 19
+    assert convert.run(model_dir=run, from_campplus=str(file)) == report  # there already
+    back = convert.run(model_dir=run, to_campplus=str(tmp_path / "back.onnx"))
+    assert back["campplus_file"] == str(tmp_path / "back.onnx")
+    _, there, _ = campplus_graph.read(file)
+    _, again, folded = campplus_graph.read(tmp_path / "back.onnx")
+    assert folded == 19 and there.keys() == again.keys()
+    assert all(np.array_equal(there[name], again[name]) for name in there)
+    embed = campplus.clip_embedder(run)
+    assert embed.describe() == f"campplus {campplus.fingerprint(campplus.load(file)[0])}"
+    samples = np.random.default_rng(0).normal(0.0, 0.1, 9000).astype(np.float32)
+    assert embed([samples]).shape == (1, 6)
+    with pytest.raises(UserError, match="not a model directory"):
+        campplus.clip_embedder(str(tmp_path)).describe()
 
 
 def test_what_a_file_cannot_say_is_refused(tmp_path):

@@ -73,8 +73,15 @@ class FlowMatchingObjective:
         """See the class; `rng` draws times, noise, prefixes, dropped conditions, chunks, dropout.
 
         Raises:
-          UserError: rows are to train as a stream and the model cannot stream.
+          UserError: rows are to train as a stream and the model cannot stream, or embeddings of
+            another width than the model's.
         """
+        width = batch["speaker_embedding"].shape[-1]
+        if width != model.config.speaker_dim:
+            raise UserError(
+                f"the speaker embeddings have {width} numbers, {type(model.config).__name__}."
+                f"speaker_dim is {model.config.speaker_dim}; bind {width} or another encoder"
+            )
         rngs = jax.random.split(rng, 5)
         audio_lengths = batch["audio_lengths"]
         log_mel = mel_spectrogram(batch["audio"], self.mel, audio_lengths)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_audio.data import audio_reader, buckets, corpus, records
+from t5x_audio.data import audio_reader, buckets, corpus, records, speaker_embeddings
+from t5x_audio.data.speaker_embeddings import ClipEmbedder
 from t5x_audio.errors import UserError
 from t5x_audio.sequences import vocabulary
 from t5x_audio.tokenizers import dual_codebook
@@ -78,8 +79,11 @@ def run_dir(tmp_path_factory):
     return str(root)
 
 
-def _embed(waveforms):
+def _mean(waveforms):
     return np.stack([np.full(8, w.mean(), np.float32) for w in waveforms])
+
+
+_embed = ClipEmbedder(lambda: "mean", _mean)
 
 
 _BUCKETS = dict(bucket_seconds=(1.2, 2.4), batch_seconds=9.6)
@@ -147,10 +151,11 @@ def test_flow_batches_join_audio_with_its_codes(run_dir):
 
     def embed(waveforms):
         calls.append(len(waveforms))
-        return _embed(waveforms)
+        return _mean(waveforms)
 
     file = {"embeddings_file": "counted.npz"}
-    dataset = audio_reader.FlowBatches(run_dir, embed, **_BUCKETS, **file)
+    counted = ClipEmbedder(lambda: "counted", embed)
+    dataset = audio_reader.FlowBatches(run_dir, counted, **_BUCKETS, **file)
     again = audio_reader.FlowBatches(run_dir, None, **_BUCKETS, **file)
     assert not calls  # opening needs no devices
     iter(dataset)
@@ -179,6 +184,42 @@ def test_flow_batches_of_one_codebook(run_dir):
     )
     assert not one[0].any() and other[0].any()
     np.testing.assert_array_equal(one[1], other[1])
+
+
+def test_embeddings_of_another_encoder_are_refused(run_dir):
+    """Another kind, the same with other weights, and a file that does not say."""
+
+    def batches(embed):
+        file = "of_one.npz"
+        return iter(audio_reader.FlowBatches(run_dir, embed, **_BUCKETS, embeddings_file=file))
+
+    first = next(batches(ClipEmbedder(lambda: "campplus 1", _mean)))
+    assert first["speaker_embedding"].shape[1] == 8
+    path = f"{run_dir}/tokens/of_one.npz"
+    made = speaker_embeddings.read(path)
+    assert made.encoder == "campplus 1" and len(made.vectors) == 20
+
+    def other(waveforms):
+        raise AssertionError("must not be asked")
+
+    for name in ("ge2e 1", "campplus 2"):
+        with pytest.raises(UserError, match=f"made by 'campplus 1', not by '{name}'"):
+            batches(ClipEmbedder(lambda name=name: name, other))
+    _equal(next(batches(ClipEmbedder(lambda: "campplus 1", other))), first)
+    np.savez(path, keys=list(made.vectors), embeddings=list(made.vectors.values()))
+    with pytest.raises(UserError, match="an encoder that it does not name"):
+        batches(ClipEmbedder(lambda: "campplus 1", other))
+
+
+def test_a_clip_that_cannot_be_embedded_is_named(run_dir):
+    def refuse(waveforms):
+        raise UserError("waveform 1 of 20 is silent")
+
+    dataset = audio_reader.FlowBatches(
+        run_dir, ClipEmbedder(lambda: "strict", refuse), embeddings_file="strict.npz", **_BUCKETS
+    )
+    with pytest.raises(UserError, match="train clips .*a3.*waveform 1 of 20 is silent"):
+        iter(dataset)
 
 
 def test_segments(run_dir):

@@ -168,3 +168,9 @@ def test_prefix_is_short_and_in_about_half_of_the_rows():
     lengths = np.asarray(OBJECTIVE._prefix(frames, jax.random.key(0)))
     assert lengths.max() <= 15
     assert 0.4 < (lengths > 0).mean() < 0.6
+
+
+def test_embeddings_of_another_width_are_named(batch):
+    other = batch | {"speaker_embedding": jnp.zeros((4, 192))}
+    with pytest.raises(UserError, match="have 192 numbers, FlowConfig.speaker_dim is 4"):
+        jax.eval_shape(lambda: OBJECTIVE(FLOW.make(nnx.Rngs(0)), other, jax.random.key(0), False))

@@ -8,6 +8,7 @@ import pytest
 
 import tasks
 from t5x_audio import launch
+from t5x_audio.errors import UserError
 
 SIZES = [f"gin/models/{size}.gin" for size in ("toy", "demo", "tiny")]
 
@@ -52,6 +53,15 @@ def test_every_stage_takes_any_optimiser(parsed, run, kind):
     assert made.peak_lr == gin.query_parameter(f"{stage}_PEAK_LR/gin.macro.value")
     assert made.embedding_lr_multiplier == (5.0 if stage == "STAGE1" else 1.0)
     assert made.schedule == ("constant" if stage == "STAGE1" else "cosine")
+
+
+def test_either_speaker_encoder_can_be_bound(parsed):
+    gin = parsed("gin/models/demo.gin", "gin/runs/train_flow.gin")
+    gin.parse_config("FLOW_EMBED = @campplus.clip_embedder()")
+    gin.finalize()
+    embed = gin.query_parameter("audio_reader.FlowBatches.embed").scoped_configurable_fn()
+    with pytest.raises(UserError, match="runs/x/speaker_encoder: not a model directory"):
+        embed.describe()
 
 
 def test_the_job_by_its_gin_file(run_dir, capsys):
