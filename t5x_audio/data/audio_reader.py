@@ -35,7 +35,7 @@ class ClipIndex:
     """The clips of one split of several corpora, by one index.
 
     Attributes:
-      ids, texts, lengths: of each clip; lengths in samples.
+      ids, texts, speakers, lengths: of each clip; lengths in samples.
     """
 
     def __init__(self, directories: Sequence[str], split: str, roles: Sequence[str] | None = None):
@@ -44,7 +44,7 @@ class ClipIndex:
         Raises:
           UserError: no corpus has a clip of this split and these roles, or a file is damaged.
         """
-        self._places, self.ids, self.texts, lengths = [], [], [], []
+        self._places, self.ids, self.texts, self.speakers, lengths = [], [], [], [], []
         for directory in directories:
             if not os.path.isdir(directory):
                 raise UserError(f"{directory}: no such corpus; run prepare_data first")
@@ -57,6 +57,7 @@ class ClipIndex:
                 self._places.append((source, i))
                 self.ids.append(record["id"])
                 self.texts.append(record["text"])
+                self.speakers.append(record["speaker"])
                 lengths.append(record["audio"].size)
         self.lengths = np.asarray(lengths, np.int64)
         if not len(self.lengths):
@@ -397,6 +398,33 @@ class SegmentBatches(_Batches):
             piece = samples[start : start + self._segment]
             pieces.append(io.resample(piece, RATE, self._sample_rate))
         return pad_audio(pieces, self._samples)
+
+
+class SpeakerBatches(SegmentBatches):
+    """The same with who speaks, for training a speaker encoder.
+
+    A batch: also speaker int32 [B], its place in `speakers`; -1 for a voice of evaluation that
+    training has not.
+
+    Attributes:
+      speakers: names of the voices of training, sorted.
+    """
+
+    def __init__(self, run_dir: str, **options):
+        """As `SegmentBatches`. UserError where training has fewer than two voices."""
+        super().__init__(run_dir, **options)
+        self.speakers = sorted(set(self._train[1].speakers) - {""})
+        if len(self.speakers) < 2:
+            places = ", ".join(self._directories)
+            raise UserError(
+                f"{places}: a speaker encoder needs clips of two named speakers or more"
+            )
+        self._numbers = {name: i for i, name in enumerate(self.speakers)}
+
+    def _make(self, index, bucket, chosen, rng):
+        numbers = [self._numbers.get(index.speakers[i], -1) for i in chosen]
+        batch = super()._make(index, bucket, chosen, rng)
+        return batch | {"speaker": np.array(numbers, np.int32)}
 
 
 def _plan(lengths, bucket_seconds, batch_seconds, rows_multiple_of, seed, split):

@@ -39,6 +39,7 @@ def read(path: pathlib.Path) -> tuple[CamPlusConfig, dict[str, np.ndarray], int]
         raise UserError(f"{path}: has convolutions with computed weights; {_ADVICE}")
     config = _config(graph, nodes, kernels)
     reading = _Reading(graph)
+    reading.check_operators(config)
     rest = list(zip(nodes, kernels, strict=True))
     for unit in units(config):
         if not rest:
@@ -48,7 +49,7 @@ def read(path: pathlib.Path) -> tuple[CamPlusConfig, dict[str, np.ndarray], int]
         near = [i for i, (_, kernel) in enumerate(rest[:3]) if kernel.shape == unit.shape]
         reading.take(unit, *rest.pop(near[0] if near else 0))
     reading.differences += [f"has {node.name or node.output[0]} besides" for node, _ in rest]
-    reading.check_rest(config)
+    reading.check_unused()
     if reading.differences:
         more = len(reading.differences) - _MANY
         named = "; ".join(reading.differences[:_MANY]) + f"; and {more} more" * (more > 0)
@@ -203,8 +204,8 @@ class _Reading:
             found |= {"weight": ones, "bias": bias, "running_mean": 0 * ones}
         self.arrays |= {f"{there}.{name}": array for name, array in found.items()}
 
-    def check_rest(self, config: CamPlusConfig) -> None:
-        """Names activations that are too many or too few, and weights without a place."""
+    def check_operators(self, config: CamPlusConfig) -> None:
+        """Names activations and poolings that are too many, too few or others."""
         layers, front = sum(config.block_layers), 2 + 4 * config.front_blocks
         wanted = {
             "Relu": front + 3 * layers + len(config.block_layers) + 2,
@@ -219,6 +220,9 @@ class _Reading:
             names = ("kernel_shape", "strides")
             if any(onnx_graph.attribute(pool, name, [1]) != segment for name in names):
                 self.differences.append(f"{pool.name} pools other than {config.segment} frames")
+
+    def check_unused(self) -> None:
+        """Names weights without a place."""
         for name, array in self._graph.named_unused().items():
             if array.size > 1 and array.dtype.kind == "f":
                 self.differences.append(f"has {name} {array.shape} besides")

@@ -160,7 +160,9 @@ class GradientLearner(Learner):
         )
 
     def check_data(self, dataset) -> None:
-        """Holds `dataset.vocabulary_sizes`, if there are, against the model and the objective."""
+        """Holds the dataset against the model and the objective: its vocabulary, its speakers."""
+        if hasattr(self.objective, "check_dataset"):
+            self.objective.check_dataset(self.model, dataset)
         sizes = getattr(dataset, "vocabulary_sizes", None)
         if sizes is None:
             return

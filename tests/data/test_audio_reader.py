@@ -251,6 +251,19 @@ def test_audio_at_another_rate(run_dir):
     assert max(lengths) == 24576 > min(lengths)
 
 
+def test_speakers(run_dir):
+    """The value of a sample tells the clip, the clip its speaker."""
+    options = {"segment_seconds": 0.6, "batch_size": 4}
+    dataset = audio_reader.SpeakerBatches(run_dir, **options)
+    assert dataset.speakers == ["speaker 0", "speaker 1"]
+    batches = [*itertools.islice(dataset, 10), *dataset.eval_sets()["clips"]]
+    for batch in batches:
+        clip = np.round(batch["audio"][:, 0] * 32768 / 100).astype(int) - 1
+        np.testing.assert_array_equal(batch["speaker"], clip % 2)
+    with pytest.raises(UserError, match="two named speakers or more"):
+        audio_reader.SpeakerBatches(run_dir, roles=("question",), **options)
+
+
 def test_roles_and_missing_things(run_dir, tmp_path):
     only = audio_reader.SegmentBatches(run_dir, roles=("question",))
     assert len(only._train[1]) == 10

@@ -59,7 +59,7 @@ def test_either_speaker_encoder_can_be_bound(parsed):
     gin = parsed("gin/models/demo.gin", "gin/runs/train_flow.gin")
     gin.parse_config("FLOW_EMBED = @campplus.clip_embedder()")
     gin.finalize()
-    embed = gin.query_parameter("audio_reader.FlowBatches.embed").scoped_configurable_fn()
+    embed = gin.query_parameter("FLOW_EMBED/gin.macro.value").scoped_configurable_fn()
     with pytest.raises(UserError, match="runs/x/speaker_encoder: not a model directory"):
         embed.describe()
 
