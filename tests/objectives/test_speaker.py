@@ -61,7 +61,10 @@ def test_loss_by_its_definition():
 
 
 def voices(rows, seed):
-    """Three voices, told by their pitch and their first formant: audio [B, T] and speaker [B]."""
+    """Three voices, told by their pitch and their first formant: audio [B, T] and speaker [B].
+
+    They come and go, because what stays the same for all the time is no feature.
+    """
     rng = np.random.default_rng(seed)
     time, speaker = np.arange(4000) / 16000, rng.integers(0, 3, rows)
     pitch = np.array([110.0, 170.0, 260.0])[speaker] * rng.uniform(0.95, 1.05, rows)
@@ -70,6 +73,7 @@ def voices(rows, seed):
     for k in range(1, 25):
         height = np.exp(-np.square((k * pitch - formant) / 300.0))
         audio += height[:, None] * np.sin(2 * np.pi * k * pitch[:, None] * time)
+    audio *= np.sin(2 * np.pi * (10 * time + rng.uniform(size=(rows, 1)))) > 0
     audio += 0.01 * rng.normal(size=audio.shape)
     audio = 0.1 * audio.astype(np.float32)
     return {

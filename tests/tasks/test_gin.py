@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import types
 
 import pytest
 
@@ -73,3 +74,11 @@ def test_the_job_by_its_gin_file(run_dir, capsys):
     assert sorted(os.listdir(f"{run_dir}/all_tasks")) == sorted(
         set(tasks.TASKS) - {"taqta", "image_text", "linguistic_alone", "semantic_alone"}
     )
+
+
+def test_the_training_of_a_speaker_encoder_by_its_gin_file(parsed):
+    gin = parsed("gin/runs/train_speaker_encoder.gin")
+    gin.parse_config("SPEAKERS = 7")
+    made = gin.get_configurable("learner.GradientLearner")()
+    assert made.model.num_speakers == 7 and made.model.embedding == 192
+    made.check_data(types.SimpleNamespace(speakers=list("abcdefg")))
