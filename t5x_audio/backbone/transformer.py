@@ -422,14 +422,16 @@ class Transformer(nnx.Module):
             state, index = inputs
             if kept is not None:
                 kept = (*kept, index, start, (cache.positions, cache.segment_ids))
-            x, kept = nnx.merge(graphdef, state)(x, place, turned, kept)
-            return (_laid_out(x, cache), kept), None
+            layer = nnx.merge(graphdef, state)
+            x, kept = layer(x, place, turned, kept)
+            return (_laid_out(x, cache), kept), nnx.state(layer, nnx.Intermediate)
 
         if cache is None:
             body = remat.remat(body, self.config.remat)
         kept = None if cache is None else (cache.keys, cache.values)
         inputs = (state, jnp.arange(self.config.num_layers))
-        (x, kept), _ = jax.lax.scan(body, (x, kept), inputs, unroll=self.config.scan_unroll)
+        (x, kept), seen = jax.lax.scan(body, (x, kept), inputs, unroll=self.config.scan_unroll)
+        nnx.update(self.layers, seen)
         return x, cache if cache is None else cache.replace(keys=kept[0], values=kept[1])
 
     def _loop(self, x, place, turned, start, cache):

@@ -1,1 +1,5 @@
-"""Quantisation-aware self-supervision and low-bit inference."""
+"""Quantisation-aware self-supervision and low-bit inference.
+
+`rules` says what is quantised, `simulate` runs a model as if it were, by the arithmetic of
+`fake_quant`.
+"""

@@ -316,10 +316,14 @@ class SanmEncoder(nnx.Module):
 
         def body(x, layer):
             parameters, cache = layer
-            return run(nnx.merge(graph, parameters), x, cache)
+            layer = nnx.merge(graph, parameters)
+            x, pair = run(layer, x, cache)
+            return x, (pair, nnx.state(layer, nnx.Intermediate))
 
         unroll = min(self.config.scan_unroll, self.config.num_layers - 1)
-        x, rest = jax.lax.scan(body, x, (parameters, cache_of(slice(1, None))), unroll=unroll)
+        inputs = (parameters, cache_of(slice(1, None)))
+        x, (rest, seen) = jax.lax.scan(body, x, inputs, unroll=unroll)
+        nnx.update(self.rest, seen)
         return x, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
     def _encode_chunks(self, features, lengths):

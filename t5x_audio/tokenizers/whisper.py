@@ -169,7 +169,10 @@ class Blocks(nnx.Module):
         graph, parameters = nnx.split(self.stack)
 
         def body(x, layer):
-            return nnx.merge(graph, layer)(x, valid), None
+            block = nnx.merge(graph, layer)
+            return block(x, valid), nnx.state(block, nnx.Intermediate)
 
         unroll = min(self.config.scan_unroll, self.num_layers)
-        return jax.lax.scan(body, x, parameters, unroll=unroll)[0]
+        x, seen = jax.lax.scan(body, x, parameters, unroll=unroll)
+        nnx.update(self.stack, seen)
+        return x

@@ -97,14 +97,20 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 
 
 def run_stack(layers: nnx.Module, call, x: jax.Array, inputs=None) -> jax.Array:
-    """x -> call(layer, x, inputs[i]) for each layer in turn, by one scan."""
+    """x -> call(layer, x, inputs[i]) for each layer in turn, by one scan.
+
+    What the layers sow (`nnx.Intermediate`) comes out stacked, here as in the other scans.
+    """
     graphdef, state = nnx.split(layers)
 
     def body(x, layer):
         layer_state, layer_input = layer
-        return call(nnx.merge(graphdef, layer_state), x, layer_input), None
+        merged = nnx.merge(graphdef, layer_state)
+        return call(merged, x, layer_input), nnx.state(merged, nnx.Intermediate)
 
-    return jax.lax.scan(body, x, (state, inputs))[0]
+    x, seen = jax.lax.scan(body, x, (state, inputs))
+    nnx.update(layers, seen)
+    return x
 
 
 def attention(query, key, value, mask, bias=None) -> jax.Array:

@@ -1,0 +1,93 @@
+"""Uniform fake quantisation: what integers of b bits would keep of an array, in float32.
+
+Weights are symmetric with a scale for each output channel, activations asymmetric with one range a
+tensor. Source: SSQL (Cao et al., "Synergistic Self-supervised and Quantization Learning", arXiv
+2207.05432; the quantisers of megvii-research/SSQL-ECCV2022).
+
+Choices:
+- Bits are numbers, traced or not: one compiled function serves every bit width.
+- Gradients pass straight through rounding and stop where the integer was clamped, whichever way
+  XLA rounds. Scales are constants: no gradient reaches them. (The reference differentiates the
+  scale of weights, through the largest weight of each channel.)
+- The divisor of a weight's scale is (2^b - 1) / 2, as published: the largest positive weight is
+  half a step beyond the largest integer.
+- A channel of zeros, and a tensor whose range is a point, pass as they are. (The reference leaves
+  the whole tensor unquantised when one of its channels is zero: a dead channel would silently turn
+  quantisation off.)
+"""
+
+import jax
+import jax.numpy as jnp
+
+from t5x_audio.errors import UserError
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+def require_bits(bits: int, name: str, most: int = MAX_BITS) -> None:
+    """UserError naming `name` unless `bits` is a whole number from 2 to `most`."""
+    if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= most:
+        raise UserError(f"{name}: {bits} bits; give a whole number from {MIN_BITS} to {most}")
+
+
+def quantize_weight(weight: jax.Array, bits, channel_axes: tuple[int, ...] = (-1,)) -> jax.Array:
+    """A weight as `bits` bits would hold it.
+
+    Args:
+      weight: any shape.
+      bits: scalar, a number or traced; integers go from -2^(bits-1) to 2^(bits-1) - 1.
+      channel_axes: axes along which scales differ: outputs, and the stacking axis of layers.
+
+    Returns:
+      The type and shape of `weight`.
+    """
+    kept = {axis % weight.ndim for axis in channel_axes}
+    others = tuple(axis for axis in range(weight.ndim) if axis not in kept)
+    half = jnp.exp2(jnp.asarray(bits, jnp.float32) - 1.0)
+    wide = weight.astype(jnp.float32)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(wide), axis=others, keepdims=True))
+    scale = largest / (half - 0.5)
+    return _rounded(wide, scale, jnp.float32(0.0), -half, half - 1.0).astype(weight.dtype)
+
+
+def quantize_activation(x: jax.Array, bounds: jax.Array, bits) -> jax.Array:
+    """An activation as `bits` bits would hold it.
+
+    Args:
+      x: any shape.
+      bounds: [2], the smallest and the largest value of the range; beyond it values are clamped.
+      bits: scalar, a number or traced; integers go from 0 to 2^bits - 1.
+
+    Returns:
+      The type and shape of `x`.
+    """
+    levels = jnp.exp2(jnp.asarray(bits, jnp.float32)) - 1.0
+    low, high = jax.lax.stop_gradient(bounds.astype(jnp.float32))
+    scale = (high - low) / levels
+    zero = -jnp.round(low / jnp.where(scale > 0.0, scale, 1.0))
+    return _rounded(x.astype(jnp.float32), scale, zero, 0.0, levels).astype(x.dtype)
+
+
+def _integers(x, scale, zero):
+    return jnp.round(x / jnp.where(scale > 0.0, scale, 1.0)) + zero
+
+
+@jax.custom_vjp
+def _rounded(x, scale, zero, lowest, highest):
+    """(clip(round(x / scale) + zero) - zero) * scale; x where the scale is 0 or not a number."""
+    clipped = jnp.clip(_integers(x, scale, zero), lowest, highest)
+    return jnp.where(scale > 0.0, (clipped - zero) * scale, x)
+
+
+def _rounded_forward(x, scale, zero, lowest, highest):
+    integers = _integers(x, scale, zero)
+    clipped = jnp.clip(integers, lowest, highest)
+    passes = (integers == clipped) | ~(scale > 0.0)
+    return jnp.where(scale > 0.0, (clipped - zero) * scale, x), passes
+
+
+def _rounded_backward(passes, gradient):
+    return jnp.where(passes, gradient, 0.0), None, None, None, None
+
+
+_rounded.defvjp(_rounded_forward, _rounded_backward)
