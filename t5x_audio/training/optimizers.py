@@ -134,6 +134,24 @@ class AdamW(_Scheduled):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Sgd(_Scheduled):
+    """Stochastic gradient descent with momentum, as PyTorch's: l2 before the momentum.
+
+    Attributes:
+      momentum: of the gradients.
+      l2: times every parameter, gains and biases too, added to its gradient; what PyTorch and the
+        published recipes of SimSiam and SSQL call weight decay.
+    """
+
+    momentum: float = 0.9
+    l2: float = 0.0
+    clip_norm: float | None = None
+
+    def _rule(self):
+        return optax.chain(optax.add_decayed_weights(self.l2), optax.trace(self.momentum))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Adafactor(_Scheduled):
     """Factored second moments and clipped updates, no momentum (Shazeer and Stern, 2018)."""
 

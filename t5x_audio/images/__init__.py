@@ -1,0 +1,1 @@
+"""Images: the networks and augmentations on which SSQL was published."""
