@@ -22,7 +22,7 @@ class ImageConvolution(nnx.Module):
 
     def __init__(self, n_in: int, n_out: int, size: int, *, stride: int = 1, rngs: nnx.Rngs):
         """Kernel [size, size, in, out] of He's variance by fan-out, as ResNets start."""
-        self.stride = stride
+        self.kernel_size, self.stride = (size, size), stride
         init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
         self.kernel = nnx.Param(init(rngs.params(), (size, size, n_in, n_out), jnp.float32))
 

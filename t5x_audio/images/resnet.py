@@ -126,9 +126,8 @@ class Block(nnx.Module):
         self.inner = nnx.List(inner)
         size = 1 if bottleneck else 3
         self.outer = Unit(channels, n_out, size, linear=True, zero=True, rngs=rngs)
-        self.shortcut = None
-        if stride > 1 or n_in != n_out:
-            self.shortcut = Unit(n_in, n_out, 1, stride, linear=True, rngs=rngs)
+        same = stride == 1 and n_in == n_out
+        self.shortcut = None if same else Unit(n_in, n_out, 1, stride, linear=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, in] -> [B, H / stride, W / stride, out]."""

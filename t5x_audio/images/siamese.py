@@ -105,7 +105,7 @@ class Siamese(nnx.Module):
     Attributes:
       encoder, projector, predictor: the online network; the predictor may be None.
       target_encoder, target_projector: the moving copy, or None.
-      queue: [K, D] keys of unit length; queue_place: int32 [], where the next ones go. Or None.
+      queue: [K, D] keys of unit length, with a queue; queue_place: int32 [], where the next go.
     """
 
     def __init__(self, config: SiameseConfig, rngs: nnx.Rngs):
@@ -115,15 +115,12 @@ class Siamese(nnx.Module):
         norms = config.projector_norms
         widths = config.encoder.width, config.projector
         self.projector = Head(*widths, norms, norms, rngs) if config.projector else None
-        self.predictor = None
-        if config.predictor:
-            layers = config.predictor, config.width
-            self.predictor = Head(config.width, layers, True, False, rngs)
-        self.target_encoder = self.target_projector = self.queue = self.queue_place = None
-        if config.momentum is not None:
-            self.target_encoder, self.target_projector = (
-                moving_copy(one) for one in (self.encoder, self.projector)
-            )
+        layers = config.predictor, config.width
+        predicts = config.predictor > 0
+        self.predictor = Head(config.width, layers, True, False, rngs) if predicts else None
+        moves = config.momentum is not None
+        self.target_encoder = moving_copy(self.encoder) if moves else None
+        self.target_projector = moving_copy(self.projector) if moves else None
         if config.queue:
             keys = jax.random.normal(rngs.params(), (config.queue, config.width))
             self.queue = Queue(unit(keys))

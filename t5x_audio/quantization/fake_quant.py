@@ -43,11 +43,15 @@ def quantize_weight(weight: jax.Array, bits, channel_axes: tuple[int, ...] = (-1
     """
     kept = {axis % weight.ndim for axis in channel_axes}
     others = tuple(axis for axis in range(weight.ndim) if axis not in kept)
-    half = jnp.exp2(jnp.asarray(bits, jnp.float32) - 1.0)
+    half = 0.5 * _two_to(bits)
     wide = weight.astype(jnp.float32)
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(wide), axis=others, keepdims=True))
+    size = jnp.abs(jax.lax.stop_gradient(wide))
+    largest = jnp.max(size, axis=others, keepdims=True)
     scale = largest / (half - 0.5)
-    return _rounded(wide, scale, jnp.float32(0.0), -half, half - 1.0).astype(weight.dtype)
+    # The largest weight is a tie of the rounding: exact, however XLA divides.
+    steps = jnp.where(size < largest, size / _divisor(scale), half - 0.5)
+    steps = jnp.where(jax.lax.stop_gradient(wide) < 0.0, -steps, steps)
+    return _rounded(wide, steps, scale, jnp.float32(0.0), -half, half - 1.0).astype(weight.dtype)
 
 
 def quantize_activation(x: jax.Array, bounds: jax.Array, bits) -> jax.Array:
@@ -61,33 +65,41 @@ def quantize_activation(x: jax.Array, bounds: jax.Array, bits) -> jax.Array:
     Returns:
       The type and shape of `x`.
     """
-    levels = jnp.exp2(jnp.asarray(bits, jnp.float32)) - 1.0
+    levels = _two_to(bits) - 1.0
     low, high = jax.lax.stop_gradient(bounds.astype(jnp.float32))
     scale = (high - low) / levels
-    zero = -jnp.round(low / jnp.where(scale > 0.0, scale, 1.0))
-    return _rounded(x.astype(jnp.float32), scale, zero, 0.0, levels).astype(x.dtype)
+    zero = -jnp.round(low / _divisor(scale))
+    wide = x.astype(jnp.float32)
+    steps = jax.lax.stop_gradient(wide) / _divisor(scale)
+    return _rounded(wide, steps, scale, zero, jnp.float32(0.0), levels).astype(x.dtype)
 
 
-def _integers(x, scale, zero):
-    return jnp.round(x / jnp.where(scale > 0.0, scale, 1.0)) + zero
+def _two_to(bits) -> jax.Array:
+    return jnp.round(jnp.exp2(jnp.asarray(bits, jnp.float32)))  # exp2 is not exact everywhere
+
+
+def _divisor(scale):
+    return jnp.where(scale > 0.0, scale, 1.0)
 
 
 @jax.custom_vjp
-def _rounded(x, scale, zero, lowest, highest):
-    """(clip(round(x / scale) + zero) - zero) * scale; x where the scale is 0 or not a number."""
-    clipped = jnp.clip(_integers(x, scale, zero), lowest, highest)
-    return jnp.where(scale > 0.0, (clipped - zero) * scale, x)
+def _rounded(x, steps, scale, zero, lowest, highest):
+    """(clip(round(steps) + zero) - zero) * scale; x where the scale is 0 or not a number.
+
+    `steps` is x / scale; the gradient is that of x, see the module docstring.
+    """
+    return _rounded_forward(x, steps, scale, zero, lowest, highest)[0]
 
 
-def _rounded_forward(x, scale, zero, lowest, highest):
-    integers = _integers(x, scale, zero)
+def _rounded_forward(x, steps, scale, zero, lowest, highest):
+    integers = jnp.round(steps) + zero
     clipped = jnp.clip(integers, lowest, highest)
     passes = (integers == clipped) | ~(scale > 0.0)
     return jnp.where(scale > 0.0, (clipped - zero) * scale, x), passes
 
 
 def _rounded_backward(passes, gradient):
-    return jnp.where(passes, gradient, 0.0), None, None, None, None
+    return jnp.where(passes, gradient, 0.0), None, None, None, None, None
 
 
 _rounded.defvjp(_rounded_forward, _rounded_backward)

@@ -157,8 +157,8 @@ def _rank(owner, field: str, value) -> int | None:
     axes = value.get_metadata().get("logical_axes")
     if axes is not None:
         return value.ndim - axes.count("layers")
-    if field == "kernel" and not isinstance(owner, nnx.LinearGeneral):
-        size = getattr(owner, "kernel_size", ())
+    size = () if isinstance(owner, nnx.Linear) else getattr(owner, "kernel_size", None)
+    if field == "kernel" and size is not None:
         return 2 + (1 if isinstance(size, int) else len(size))
     if isinstance(owner, nnx.LayerNorm | nnx.RMSNorm | nnx.BatchNorm | nnx.GroupNorm):
         return 1
