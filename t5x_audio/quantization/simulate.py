@@ -75,12 +75,14 @@ def quantized(model: nnx.Module, rules: Rules, ranges: Ranges, bits) -> Iterator
       ranges: of `observing` or `calibrate`, by the same rules.
       bits: (of weights, of activations) where a rule has None; numbers from 2 to 8, or traced.
 
-    UserError for numbers out of bounds and for a layer without a range.
+    UserError for numbers out of bounds and for a layer without a range, or, where the ranges are
+    not traced, with one that is a point or not finite.
     """
     weight_bits, activation_bits = (_checked(b, n) for b, n in zip(bits, _NAMES, strict=True))
     weights, outputs = find(model, rules)
     if missing := outputs.keys() - ranges.keys():
         raise UserError(f"{min(missing)}: has no range; calibrate with the same rules first")
+    check_ranges({n: ranges[n] for n in outputs if not isinstance(ranges[n], jax.core.Tracer)})
     own = {name: weight.variable[...] for name, weight in weights.items()}
     with _exchanged(outputs, _quantizer):
         try:

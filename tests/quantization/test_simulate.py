@@ -180,6 +180,10 @@ def test_bits_and_ranges_are_checked():
     for bits, name in (((1, 8), "bits of weights"), ((8, 9), "bits of activations")):
         with pytest.raises(UserError, match=name), simulate.quantized(model, ALL, ranges, bits):
             pass
+    bad = ranges | {"first": jnp.array([jnp.nan, 1.0])}
+    with pytest.raises(UserError, match="first: .* not finite"):  # noqa: SIM117
+        with simulate.quantized(model, ALL, bad, (8, 8)):
+            pass
     del ranges["last"]
     with pytest.raises(UserError, match="last: has no range"):  # noqa: SIM117
         with simulate.quantized(model, ALL, ranges, (8, 8)):

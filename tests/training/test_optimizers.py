@@ -197,3 +197,17 @@ def test_bad_settings_are_one_line():
         optimizers.AdamW(peak_lr=1.0, schedule="cosin")
     with pytest.raises(UserError, match="needs total_steps"):
         optimizers.AdamW(peak_lr=1.0)
+
+
+def test_sgd_is_pytorchs_by_hand():
+    sgd = optimizers.Sgd(peak_lr=0.1, schedule="constant", momentum=0.9, l2=0.5)
+    params = {"gain": jnp.array([2.0])}
+    tx = sgd.make(params)
+    state = tx.init(params)
+    velocity, value = 0.0, 2.0
+    for gradient in (1.0, -3.0, 0.5):
+        updates, state = tx.update({"gain": jnp.array([gradient])}, state, params)
+        params = optax.apply_updates(params, updates)
+        velocity = 0.9 * velocity + gradient + 0.5 * value
+        value -= 0.1 * velocity
+        np.testing.assert_allclose(params["gain"], value, rtol=1e-6)
