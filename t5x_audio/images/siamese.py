@@ -19,6 +19,7 @@ from flax import nnx
 
 from t5x_audio.errors import UserError
 from t5x_audio.images.resnet import ACTIVATIONS, WEIGHTS, ResnetConfig, batch_norm
+from t5x_audio.tokenizers.vector_quantizer import normalize
 
 WEIGHT_RULES = (*((f"encoder/{pattern}", bits) for pattern, bits in WEIGHTS),
                 ("projector/.*/kernel", 8))  # fmt: skip
@@ -123,7 +124,7 @@ class Siamese(nnx.Module):
         self.target_projector = moving_copy(self.projector) if moves else None
         if config.queue:
             keys = jax.random.normal(rngs.params(), (config.queue, config.width))
-            self.queue = Queue(unit(keys))
+            self.queue = Queue(normalize(keys))
             self.queue_place = Queue(jnp.zeros((), jnp.int32))
 
     def project(self, images: jax.Array) -> jax.Array:
@@ -165,11 +166,6 @@ class Siamese(nnx.Module):
         place = self.queue_place[...]
         self.queue[...] = jax.lax.dynamic_update_slice(self.queue[...], keys, (place, 0))
         self.queue_place[...] = (place + count) % size
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """[..., D] scaled to unit length."""
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-8)
 
 
 def moving_copy(module: nnx.Module | None) -> nnx.Module | None:

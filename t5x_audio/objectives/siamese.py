@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from t5x_audio.errors import UserError
 from t5x_audio.images.augmentation import ImageAugmentation
-from t5x_audio.images.siamese import unit
+from t5x_audio.tokenizers.vector_quantizer import normalize
 
 METHODS = ("simsiam", "byol", "moco")
 
@@ -104,17 +104,17 @@ class Siamese:
     def learnt(self, model, targets, train: bool) -> None:
         """What follows the loss: MoCo's keys go into the queue."""
         if train and self.method == "moco":
-            model.enqueue(unit(targets[0]))
+            model.enqueue(normalize(targets[0]))
 
 
 def negative_cosine(p: jax.Array, target: jax.Array) -> jax.Array:
     """Mean over rows of -cos(p, target), [B, D] each; no gradient reaches the target."""
-    return -jnp.mean(jnp.sum(unit(p) * unit(jax.lax.stop_gradient(target)), axis=-1))
+    return -jnp.mean(jnp.sum(normalize(p) * normalize(jax.lax.stop_gradient(target)), axis=-1))
 
 
 def contrast(query: jax.Array, key: jax.Array, queue: jax.Array, temperature: float) -> jax.Array:
     """InfoNCE: mean cross-entropy of the key [B, D] among it and the queue [K, D]."""
-    query, key = unit(query), unit(jax.lax.stop_gradient(key))
+    query, key = normalize(query), normalize(jax.lax.stop_gradient(key))
     positive = jnp.sum(query * key, axis=-1, keepdims=True)
     logits = jnp.concatenate([positive, query @ queue.T], axis=-1) / temperature
     return -jnp.mean(jax.nn.log_softmax(logits)[:, 0])
@@ -126,6 +126,6 @@ def spread(z: jax.Array):
     The standard deviation of unit projections [B, D] over the batch, times sqrt(D) (SimSiam,
     section 4.1).
     """
-    unit_z = unit(jax.lax.stop_gradient(z))
-    value = jnp.mean(jnp.std(unit_z, axis=0)) * z.shape[-1] ** 0.5
+    directions = normalize(jax.lax.stop_gradient(z))
+    value = jnp.mean(jnp.std(directions, axis=0)) * z.shape[-1] ** 0.5
     return value, jnp.float32(1.0)

@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 
 from t5x_audio.errors import UserError
-from t5x_audio.images.siamese import ACTIVATION_RULES, WEIGHT_RULES, unit
+from t5x_audio.images.siamese import ACTIVATION_RULES, WEIGHT_RULES
 from t5x_audio.objectives.siamese import Siamese, spread
 from t5x_audio.quantization import fake_quant
 from t5x_audio.quantization.rules import Rules
 from t5x_audio.quantization.simulate import observing, quantized
+from t5x_audio.tokenizers.vector_quantizer import normalize
 
 REVERSE_MAX_BITS = 16
 
@@ -113,7 +114,7 @@ def decomposition(z, low, targets) -> dict[str, jax.Array]:
       + 2 error_cosine sqrt(ssl_error quantization_error).
     """
     z, low, targets = (
-        unit(jnp.concatenate([jax.lax.stop_gradient(one) for one in some]))
+        normalize(jnp.concatenate([jax.lax.stop_gradient(one) for one in some]))
         for some in (z, low, targets)
     )
     between, lost = z - targets, low - z

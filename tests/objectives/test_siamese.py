@@ -49,18 +49,18 @@ def test_one_compiled_step_learns_at_all_bits(method):
     learner = learner_of(method)
     start = state = jax.jit(learner.init)(jax.random.key(0))
     step = jax.jit(learner.step)
-    drawn, metrics = set(), {}
-    for index in range(12):
+    drawn = set()
+    for index in range(8):
         state, metrics = step(state, batch(index), jax.random.key(index))
         got = values(metrics)
+        assert all(np.isfinite(value) for value in got.values()), (index, got)
         drawn.add((got["weight_bits"], got["activation_bits"]))
         assert got["loss"] == pytest.approx(0.5 * (got["ssl_loss"] + got["quantized_loss"]), 1e-4)
-    assert step._cache_size() == 1 and len(drawn) > 4
+    assert step._cache_size() == 1 and len(drawn) > 3
     assert all(2 <= w <= 8 and 4 <= a <= 8 for w, a in drawn)
-    assert all(np.isfinite(value) for value in values(metrics).values())
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), start.params, state.params)
-    kernels = {n: v for n, v in named_arrays(moved["model"]).items() if n.endswith("kernel")}
-    assert kernels and all(change > 0 for change in kernels.values()), kernels
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), start.params, state.params)
+    changes = named_arrays(moved["model"])
+    assert all(change > 0 for name, change in changes.items() if name.endswith("kernel"))
     # The state is the plain model's: nothing of the quantisation stays in it.
     assert jax.tree.structure(start) == jax.tree.structure(state)
     stats = named_arrays(state.variables["model"])
@@ -123,6 +123,8 @@ def test_losses_by_hand():
     logits = np.array([[0.6, 0.8], [0.0, 0.0]]) / 0.5
     want = np.mean(np.log(np.exp(logits).sum(-1)) - logits[:, 0])
     assert siamese.contrast(p, target, queue, 0.5) == pytest.approx(want, rel=1e-5)
+    gradient = jax.grad(siamese.negative_cosine)(jnp.zeros((2, 3)), jnp.ones((2, 3)))
+    assert np.isfinite(gradient).all()  # a collapsed row does no harm
     assert siamese.spread(jnp.ones((4, 9)))[0] == pytest.approx(0.0, abs=1e-5)
 
 
