@@ -15,16 +15,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_audio.vocoder.convolution import dense_convolution, fold_stride
+from t5x_audio.vocoder.initialisers import hashed_uniform
 
 
 class ImageConvolution(nnx.Module):
     """[B, H, W, in] -> [B, H / stride, W / stride, out] by a square kernel of odd size."""
 
     def __init__(self, n_in: int, n_out: int, size: int, *, stride: int = 1, rngs: nnx.Rngs):
-        """Kernel [size, size, in, out] of He's variance by fan-out, as ResNets start."""
+        """Kernel [size, size, in, out] of He's variance by outputs, as ResNets start."""
         self.kernel_size, self.stride = (size, size), stride
-        init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-        self.kernel = nnx.Param(init(rngs.params(), (size, size, n_in, n_out), jnp.float32))
+        deviation = (2.0 / (size * size * n_out)) ** 0.5
+        shape = (size, size, n_in, n_out)
+        self.kernel = nnx.Param(hashed_uniform(rngs.params(), shape, deviation))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """See the class."""

@@ -20,6 +20,7 @@ from flax import nnx
 from t5x_audio.errors import UserError
 from t5x_audio.images.resnet import ACTIVATIONS, WEIGHTS, ResnetConfig, batch_norm
 from t5x_audio.tokenizers.vector_quantizer import normalize
+from t5x_audio.vocoder.initialisers import fan_in
 
 WEIGHT_RULES = (*((f"encoder/{pattern}", bits) for pattern, bits in WEIGHTS),
                 ("projector/.*/kernel", 8))  # fmt: skip
@@ -72,7 +73,7 @@ class SiameseConfig:
 
 
 def _linear(n_in: int, n_out: int, rngs: nnx.Rngs, use_bias: bool = False) -> nnx.Linear:
-    return nnx.Linear(n_in, n_out, use_bias=use_bias, rngs=rngs)
+    return nnx.Linear(n_in, n_out, use_bias=use_bias, kernel_init=fan_in(), rngs=rngs)
 
 
 class Head(nnx.Module):

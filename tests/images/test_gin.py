@@ -15,7 +15,13 @@ def learner_of():
         gin.clear_config()
         for path in (f"gin/models/{size}.gin", f"gin/runs/{run}.gin"):
             gin.parse_config_file(path)
-        gin.parse_config(["RUN_DIR = 'runs/x'", "IMAGES_SOURCE = 'cifar10'", *bindings])
+        imports = (
+            "from __gin__ import dynamic_registration",
+            "from t5x_audio.images import resnet",
+            "from t5x_audio.objectives import siamese",
+        )
+        given = "RUN_DIR = 'runs/x'", "IMAGES_SOURCE = 'cifar10'"
+        gin.parse_config("\n".join((*imports, *given, *bindings)))
         gin.finalize()
         return gin.get_configurable("learner.GradientLearner")()
 
