@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--run_dir", type=pathlib.Path, required=True)
     parser.add_argument("--source", required=True, help="an .npz of images or a TFDS name")
     parser.add_argument("--size", default="siamese_laptop", help="a file of gin/models")
-    parser.add_argument("--steps", type=int, default=1200, help="of SSQL")
+    parser.add_argument("--steps", type=int, default=900, help="of SSQL")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--remark", default="", help="a sentence for the page: what data this was")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/results"))
