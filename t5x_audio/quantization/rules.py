@@ -53,14 +53,21 @@ class Weight:
     """A parameter to be quantised.
 
     Attributes:
-      variable: the live parameter.
+      owner, field: where the live parameter is.
       bits: a number, or None for what is asked for.
-      channel_axes: see `fake_quant.quantize_weight`.
+      channel_axes: see `fake_quant.quantize_weight`; axes of a stack count from the front, those
+        of outputs from the back.
     """
 
-    variable: nnx.Variable
+    owner: nnx.Module
+    field: str
     bits: int | None
     channel_axes: tuple[int, ...]
+
+    @property
+    def variable(self) -> nnx.Variable:
+        """The parameter."""
+        return getattr(self.owner, self.field)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,20 +94,22 @@ def find(model: nnx.Module, rules: Rules) -> tuple[dict[str, Weight], dict[str, 
     modules = {_path(path): node for path, node in _modules(model)}
     weights = {}
     parameters = {
-        f"{name}/{field}".lstrip("/"): (node, value)
+        f"{name}/{field}".lstrip("/"): (node, field)
         for name, node in modules.items()
         for field, value in vars(node).items()
         if isinstance(value, nnx.Param)
     }
     for name, bits in _decided(parameters, rules.weights, "weights").items():
-        owner, variable = parameters[name]
+        owner, field = parameters[name]
+        variable = getattr(owner, field)
         stack = len(_stack_of(owner))
         if variable.ndim - stack < 2:
             raise UserError(
                 f"Rules.weights: {name} of shape {tuple(variable.shape)} is no kernel; quantise "
                 "matrices and kernels only"
             )
-        weights[name] = Weight(variable, bits, (*range(stack), *_output_axes(variable)))
+        axes = (*range(stack), *_output_axes(variable))
+        weights[name] = Weight(owner, field, bits, axes)
     decided = _decided(modules, rules.activations, "activations")
     outputs = {
         name: Output(modules[name], bits, _stack_of(modules[name]))

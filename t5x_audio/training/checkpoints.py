@@ -307,17 +307,22 @@ def save_states(
 
 
 def save_parts(
-    directory: str | os.PathLike, config: Any, params: dict[str, partwise_arrays.PartwiseArray]
+    directory: str | os.PathLike,
+    config: Any,
+    params: dict[str, partwise_arrays.PartwiseArray],
+    variables: dict[str, partwise_arrays.PartwiseArray] | None = None,
+    name: str = "model",
 ) -> None:
-    """`save_model` for one model whose parameters, by name ('layers/query'), are made in parts.
+    """`save_model` for one model whose arrays, by name ('layers/query'), are made in parts.
 
     Errors of the parts are raised here. UserError if the disk cannot hold them.
     """
+    arrays = {f"params/{n}": array for n, array in params.items()}
+    arrays |= {f"variables/{n}": array for n, array in (variables or {}).items()}
     Path(directory).mkdir(parents=True, exist_ok=True)
-    _require_space(Path(directory), sum(array.nbytes for array in params.values()))
-    items = {"model": ocp.args.PyTreeSave({f"params/{n}": array for n, array in params.items()})}
-    handler = ocp.CompositeCheckpointHandler(model=partwise_arrays.handler())
-    _save_items(directory, {"model": config}, items, handler)
+    _require_space(Path(directory), sum(array.nbytes for array in arrays.values()))
+    handler = ocp.CompositeCheckpointHandler(**{name: partwise_arrays.handler()})
+    _save_items(directory, {name: config}, {name: ocp.args.PyTreeSave(arrays)}, handler)
 
 
 @contextlib.contextmanager

@@ -30,12 +30,15 @@ class PartwiseArray:
     read: Callable[[int], np.ndarray]
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        if not self.shape:
+            yield 0, self.read(0)
+            return
         for start in range(0, self.shape[0], self.rows):
             yield start, self.read(start)
 
     def whole(self) -> np.ndarray:
         """All parts together."""
-        if self.rows >= self.shape[0]:
+        if not self.shape or self.rows >= self.shape[0]:
             return self.read(0)
         array = np.empty(self.shape, self.dtype)
         for start, part in self:
@@ -63,13 +66,14 @@ class _Handler(ocp.type_handlers.NumpyHandler):
                 info,
                 use_ocdbt=info.is_ocdbt_checkpoint,
                 global_shape=value.shape,
-                local_shape=(value.rows, *value.shape[1:]),
+                local_shape=(value.rows, *value.shape[1:]) if value.shape else (),
                 dtype=value.dtype,
                 process_index=jax.process_index(),
             )
             store = await tensorstore.open(spec, create=True, open=True, context=info.ts_context)
             for start, part in value:
-                await store[start : start + len(part)].write(part)
+                rows = store[start : start + len(part)] if value.shape else store
+                await rows.write(part)
 
     async def deserialize(self, infos, args=None):
         """Opens the arrays; a part is a row of TensorStore's chunks."""
@@ -84,7 +88,8 @@ def _opened(store) -> PartwiseArray:
     rows = (*store.chunk_layout.read_chunk.shape, 1)[0]
 
     def read(start: int) -> np.ndarray:
-        return store[start : min(start + rows, store.shape[0])].read().result()
+        part = store[start : min(start + rows, store.shape[0])] if store.shape else store
+        return part.read().result()
 
     return PartwiseArray(tuple(store.shape), store.dtype.numpy_dtype, rows, read)
 

@@ -1,0 +1,70 @@
+"""Models with packed weights: the same classes, the numbers of fake quantisation, fewer bytes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from t5x_audio.backbone.transformer import TransformerConfig
+from t5x_audio.errors import UserError
+from t5x_audio.quantization.packed_model import PackedConfig, PackedParam, packed_model
+from t5x_audio.quantization.rules import Rules
+from t5x_audio.quantization.simulate import quantized
+from t5x_audio.training import checkpoints
+from t5x_audio.vocoder.conformer import ConformerConfig
+from t5x_audio.vocoder.convolution import length_mask
+
+CONFORMER = ConformerConfig(width=16, num_layers=2, num_heads=2, mlp_dim=24, dropout=0.0)
+
+
+def encode(model) -> np.ndarray:
+    x = jax.random.normal(jax.random.key(0), (2, 9, 16))
+    graph, state = nnx.split(model)
+    call = jax.jit(lambda s, x: nnx.merge(graph, s)(x, length_mask(jnp.array([5, 9]), 9)))
+    return np.asarray(call(state, x))
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_stacked_layers_serve_packed_what_fake_quantisation_gives(bits):
+    config = PackedConfig(CONFORMER, bits)
+    model = CONFORMER.make(nnx.Rngs(0))
+    with quantized(model, config.rules, {}, (bits, 8)):
+        want = encode(model)
+    packed = packed_model(model, config)
+    assert isinstance(packed.layers.up.kernel, PackedParam)
+    np.testing.assert_allclose(encode(packed), want, atol=2e-5)
+
+
+def test_a_checkpoint_of_packed_weights(tmp_path):
+    """It is loaded as it was saved, in about as many bytes as the integers take."""
+    config = PackedConfig(CONFORMER, 4, group=8)
+    model = packed_model(CONFORMER.make(nnx.Rngs(0)), config)
+    want = encode(model)
+    checkpoints.save_model(tmp_path, {"model": config}, {"model": model})
+    loaded = checkpoints.load_model(tmp_path)
+    assert checkpoints.load_config(tmp_path) == config and config.width == 16
+    np.testing.assert_array_equal(encode(loaded), want)
+    types = checkpoints.array_types(tmp_path)
+    assert types["params/layers/up/kernel/0"] == np.uint8
+
+
+def test_bits_of_rules_come_first():
+    rules = Rules(weights=(("layers/down/kernel", 8), ("layers/(up|query)/kernel", None)))
+    with pytest.raises(UserError, match="layers/.up.query./kernel|matches no layer|is no"):
+        PackedConfig(CONFORMER, 2, rules=Rules(weights=(("nothing", None),))).make(nnx.Rngs(0))
+    model = PackedConfig(CONFORMER, 2, rules=rules).make(nnx.Rngs(0))
+    assert model.layers.down.kernel.get_raw_value().bits == 8
+    assert model.layers.up.kernel.get_raw_value().bits == 2
+    assert not isinstance(model.embed.kernel, PackedParam)
+
+
+def test_attention_of_the_backbone_keeps_its_heads():
+    sizes = {"embed": 16, "mlp": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    config = TransformerConfig(num_layers=2, vocab_size=32, **sizes)
+    model = config.make(nnx.Rngs(0))
+    shapes = {name: getattr(model.layers, name)[...].shape for name in ("query", "out", "up")}
+    packed = packed_model(model, PackedConfig(config, 4))
+    for name, shape in shapes.items():
+        parameter = getattr(packed.layers, name)
+        assert isinstance(parameter, PackedParam) and parameter[...].shape == shape
