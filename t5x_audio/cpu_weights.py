@@ -56,7 +56,8 @@ def unstacked(layers: nnx.Module, count: int) -> nnx.List:
 
     def one(variable, index):
         axes = variable.get_metadata().get("logical_axes")
-        made = variable.replace(variable[...][index])
+        # Its value may be several arrays, such as packed integers and their scales.
+        made = variable.replace(jax.tree.map(lambda x: x[index], variable.get_raw_value()))
         return made if axes is None else made.replace(logical_axes=axes[1:])
 
     def is_variable(node):

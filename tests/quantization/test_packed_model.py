@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from t5x_audio.backbone import decoding
 from t5x_audio.backbone.transformer import TransformerConfig
 from t5x_audio.errors import UserError
+from t5x_audio.quantization.fake_quant import quantize_weight
 from t5x_audio.quantization.packed_model import PackedConfig, PackedParam, packed_model
 from t5x_audio.quantization.rules import Rules
 from t5x_audio.quantization.simulate import quantized
@@ -59,9 +61,30 @@ def test_bits_of_rules_come_first():
     assert not isinstance(model.embed.kernel, PackedParam)
 
 
+BACKBONE = TransformerConfig(
+    num_layers=2, embed=16, mlp=24, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=32,
+    dtype="float32", init_std=0.3,
+)  # fmt: skip
+
+
+def test_a_decoder_says_what_the_rounded_weights_say():
+    """Layer by layer, as a CPU decodes."""
+    config = PackedConfig(BACKBONE, 4)
+    rounded, packed = (BACKBONE.make(nnx.Rngs(0)) for _ in range(2))
+    for weight, bits, _ in config.weights(rounded).values():
+        variable = weight.variable
+        variable[...] = quantize_weight(variable[...], bits, weight.channel_axes)
+    options = {"max_new_tokens": 8, "sampling": decoding.Sampling(temperature=0.0)}
+    said = [
+        decoding.Decoder(model, [31]).generate([[1, 2, 3], [4, 5]], **options)
+        for model in (rounded, packed_model(packed, config))
+    ]
+    for one, other in zip(*said, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_attention_of_the_backbone_keeps_its_heads():
-    sizes = {"embed": 16, "mlp": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
-    config = TransformerConfig(num_layers=2, vocab_size=32, **sizes)
+    config = BACKBONE
     model = config.make(nnx.Rngs(0))
     shapes = {name: getattr(model.layers, name)[...].shape for name in ("query", "out", "up")}
     packed = packed_model(model, PackedConfig(config, 4))
