@@ -89,7 +89,7 @@ class BestRq:
           (mean cross-entropy at the hidden places, metrics).
         """
         prepared = self.prepare(model, batch, rng, train)
-        loss, metrics = predict(model, prepared)
+        loss, metrics, _ = predict(model, prepared)
         return loss, metrics | label_metrics(prepared, model.config.num_labels)
 
     def prepare(self, model, batch, rng: jax.Array, train: bool) -> MaskedBatch:
@@ -123,7 +123,8 @@ def predict(model, prepared: MaskedBatch):
       prepared: see `BestRq.prepare`.
 
     Returns:
-      (mean cross-entropy [] over hidden places, metrics 'masked_loss' and 'masked_accuracy').
+      (mean cross-entropy [] over hidden places, metrics 'masked_loss' and 'masked_accuracy', the
+      features [B, M, width] that the head took).
     """
     hidden = model.hidden(prepared.features, prepared.lengths)
     weights = prepared.hidden.astype(jnp.float32)
@@ -135,7 +136,7 @@ def predict(model, prepared: MaskedBatch):
         "masked_loss": (jnp.sum(losses * weights), count),
         "masked_accuracy": (jnp.sum(correct * weights), count),
     }
-    return loss, metrics
+    return loss, metrics, hidden
 
 
 def span_mask(rng, lengths, size: int, start: float, span: int) -> jax.Array:

@@ -26,6 +26,7 @@ from t5x_audio.errors import UserError
 from t5x_audio.images.siamese import ACTIVATION_RULES, WEIGHT_RULES
 from t5x_audio.objectives.siamese import Siamese, spread
 from t5x_audio.quantization import fake_quant
+from t5x_audio.quantization.draw import draw_bits, require_bounds
 from t5x_audio.quantization.rules import Rules
 from t5x_audio.quantization.simulate import observing, quantized
 from t5x_audio.tokenizers.vector_quantizer import normalize
@@ -55,12 +56,8 @@ class Ssql:
 
     def __post_init__(self):
         most = REVERSE_MAX_BITS if self.reverse else fake_quant.MAX_BITS
-        for name in ("weight_bits", "activation_bits"):
-            low, high = getattr(self, name)
-            for bits in (low, high):
-                fake_quant.require_bits(bits, f"Ssql.{name}", most)
-            if low > high:
-                raise UserError(f"Ssql.{name}=({low}, {high}): give the fewest first")
+        bounds = {name: getattr(self, name) for name in ("weight_bits", "activation_bits")}
+        require_bounds("Ssql", bounds, most)
         if self.reverse and self.ssl.method != "simsiam":
             raise UserError("Ssql.reverse: its targets are SimSiam's; give ssl.method='simsiam'")
 
@@ -89,15 +86,7 @@ class Ssql:
 
     def draw(self, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(bits of weights, of activations), float32 scalars."""
-        rngs = jax.random.split(rng)
-        if self.same_bits:
-            rngs, bounds = (rngs[0], rngs[0]), (self.weight_bits, self.weight_bits)
-        else:
-            bounds = self.weight_bits, self.activation_bits
-        return tuple(
-            jax.random.randint(key, (), low, high + 1).astype(jnp.float32)
-            for key, (low, high) in zip(rngs, bounds, strict=True)
-        )
+        return draw_bits(rng, self.weight_bits, None if self.same_bits else self.activation_bits)
 
 
 def decomposition(z, low, targets) -> dict[str, jax.Array]:

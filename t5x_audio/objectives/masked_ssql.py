@@ -1,0 +1,103 @@
+"""Masked prediction that survives quantisation: SSQL carried over to the encoders of speech.
+
+The same weights predict the same hidden labels twice, as they are and quantised to bits drawn anew;
+besides, the features of the quantised forward are drawn to those of the plain one. After SSQL (Cao
+et al., arXiv 2207.05432) and BEST-RQ (Chiu et al., arXiv 2202.01855); nobody has published the two
+together.
+
+Choices:
+- Both branches see the same input and spans: what differs is the quantisation alone. In SSQL the
+  two views make the features agree; here the labels do, and the agreement term works directly.
+- Agreement is the mean cosine of features over all valid places, the plain ones as constants.
+- Ranges are those of the step's plain forward; bits are traced: the step compiles once.
+- The first product that a recording meets has weights of 8 bits, as SSQL's stem; norms, softmax and
+  the head are left as they are.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from t5x_audio.errors import UserError
+from t5x_audio.objectives.best_rq import BestRq, label_metrics, predict
+from t5x_audio.quantization.draw import draw_bits, require_bounds
+from t5x_audio.quantization.rules import Rules
+from t5x_audio.quantization.simulate import observing, quantized
+
+
+def linguistic_rules() -> Rules:
+    """For the SAN-M encoder of the linguistic tokenizer in a `MaskedPrediction`."""
+    layers = "tokenizer/encoder/(first|rest)"
+    return Rules(
+        weights=(
+            ("tokenizer/encoder/first/qkv/kernel", 8),
+            (f"{layers}/(qkv|out|up|down)/kernel", None),
+        ),
+        activations=((f"{layers}/(attention_norm|mlp_norm|up)", None),),
+    )
+
+
+def semantic_rules() -> Rules:
+    """For the Whisper-type encoder of the semantic tokenizer in a `MaskedPrediction`."""
+    blocks = "tokenizer/blocks/stack"
+    return Rules(
+        weights=(
+            ("tokenizer/conv1/kernel", 8),
+            (f"tokenizer/conv2/kernel|{blocks}/(query|key|value|out|up|down)/kernel", None),
+        ),
+        activations=(
+            ("tokenizer/conv1", 8),
+            (f"tokenizer/conv2|{blocks}/(attention_norm|mlp_norm|up)", None),
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedSsql:
+    """(model, batch, rng, train) -> (loss, Metrics); model and batches are those of `BestRq`.
+
+    Attributes:
+      rules: what is quantised, such as `linguistic_rules`.
+      masked: the objective that is made to survive quantisation.
+      weight_bits, activation_bits: (fewest, most), drawn evenly.
+      agreement_weight: of 1 - cosine of the features of both forwards.
+    """
+
+    rules: Rules
+    masked: BestRq = BestRq()
+    weight_bits: tuple[int, int] = (2, 8)
+    activation_bits: tuple[int, int] = (4, 8)
+    agreement_weight: float = 1.0
+
+    def __post_init__(self):
+        bounds = {name: getattr(self, name) for name in ("weight_bits", "activation_bits")}
+        require_bounds("MaskedSsql", bounds)
+        if self.agreement_weight < 0.0:
+            raise UserError(f"MaskedSsql.agreement_weight={self.agreement_weight}: give 0 or more")
+
+    def __call__(self, model, batch, rng: jax.Array, train: bool):
+        """See the class; `rng` draws spans, noise, augmentation and bits."""
+        prepared = self.masked.prepare(model, batch, rng, train)
+        with observing(model, self.rules) as ranges:
+            plain_loss, metrics, plain = predict(model, prepared)
+        bits = draw_bits(jax.random.fold_in(rng, 1), self.weight_bits, self.activation_bits)
+        with quantized(model, self.rules, ranges, bits):
+            low_loss, low_metrics, low = predict(model, prepared)
+        agreement, count = _cosine(low, jax.lax.stop_gradient(plain), prepared.valid)
+        share = agreement / jnp.maximum(count, 1.0)
+        loss = 0.5 * (plain_loss + low_loss) + self.agreement_weight * (1.0 - share)
+        metrics |= {f"quantized_{name}": value for name, value in low_metrics.items()}
+        metrics["agreement"] = (agreement, count)
+        for name, value in zip(("weight_bits", "activation_bits"), bits, strict=True):
+            metrics[name] = (value, jnp.float32(1.0))
+        return loss, metrics | label_metrics(prepared, model.config.num_labels)
+
+
+def _cosine(a, b, valid) -> tuple[jax.Array, jax.Array]:
+    """(sum of the cosines of features [B, M, D] at valid places [B, M], number of those)."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    sizes = jnp.sum(jnp.square(a), -1) * jnp.sum(jnp.square(b), -1)
+    cosines = jnp.sum(a * b, -1) * jax.lax.rsqrt(jnp.maximum(sizes, 1e-16))
+    weights = valid.astype(jnp.float32)
+    return jnp.sum(cosines * weights), jnp.sum(weights)
