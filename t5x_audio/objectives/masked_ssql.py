@@ -26,29 +26,29 @@ from t5x_audio.quantization.rules import Rules
 from t5x_audio.quantization.simulate import observing, quantized
 
 
-def linguistic_rules() -> Rules:
-    """For the SAN-M encoder of the linguistic tokenizer in a `MaskedPrediction`."""
-    layers = "tokenizer/encoder/(first|rest)"
+def linguistic_rules(place: str = "tokenizer/") -> Rules:
+    """For the SAN-M encoder of a linguistic tokenizer, which is `place` in the model."""
+    layers = f"{place}encoder/(first|rest)"
     return Rules(
         weights=(
-            ("tokenizer/encoder/first/qkv/kernel", 8),
+            (f"{place}encoder/first/qkv/kernel", 8),
             (f"{layers}/(qkv|out|up|down)/kernel", None),
         ),
         activations=((f"{layers}/(attention_norm|mlp_norm|up)", None),),
     )
 
 
-def semantic_rules() -> Rules:
-    """For the Whisper-type encoder of the semantic tokenizer in a `MaskedPrediction`."""
-    blocks = "tokenizer/blocks/stack"
+def semantic_rules(place: str = "tokenizer/") -> Rules:
+    """For the Whisper-type encoder of a semantic tokenizer, which is `place` in the model."""
+    blocks = f"{place}blocks/stack"
     return Rules(
         weights=(
-            ("tokenizer/conv1/kernel", 8),
-            (f"tokenizer/conv2/kernel|{blocks}/(query|key|value|out|up|down)/kernel", None),
+            (f"{place}conv1/kernel", 8),
+            (f"{place}conv2/kernel|{blocks}/(query|key|value|out|up|down)/kernel", None),
         ),
         activations=(
-            ("tokenizer/conv1", 8),
-            (f"tokenizer/conv2|{blocks}/(attention_norm|mlp_norm|up)", None),
+            (f"{place}conv1", 8),
+            (f"{place}conv2|{blocks}/(attention_norm|mlp_norm|up)", None),
         ),
     )
 
