@@ -1,12 +1,14 @@
 # ruff: noqa: E402
-"""The tokenizers of a run on recordings: use of the codebooks, codes under noise and in segments.
+"""The tokenizers of a run on recordings: use of the codebooks, codes under noise, in segments and
+by quantised encoders.
 
     python benchmarks/tokenizer_quality.py --run_dir=runs/speech --manifest=speech.jsonl
 
 Usage is the share of a codebook that occurs, perplexity 2 to the entropy of its codes; both also
 for the held-out recordings alone. Token error is the share of codes that change: when noise or
-another talker is added at a ratio of powers, and when encoders that see their whole input get it in
-segments, as a stream does, instead of 30 s at a time. The page goes to docs/results/.
+another talker is added at a ratio of powers, when encoders that see their whole input get it in
+segments, as a stream does, instead of 30 s at a time, and when they are quantised. The page goes to
+docs/results/.
 """
 
 import argparse
@@ -28,11 +30,15 @@ from t5x_audio.audio import augment
 from t5x_audio.data import manifests
 from t5x_audio.data.recordings import Limits
 from t5x_audio.evaluation import summary
+from t5x_audio.evaluation.token_agreement import token_agreement
+from t5x_audio.objectives.masked_ssql import linguistic_rules, semantic_rules
 from t5x_audio.tokenizers import dual_codebook
 
 STREAMS = ("linguistic", "semantic")
 RATIOS = (30, 20, 10, 5, 0)  # dB
 SEGMENTS = (0.48, 0.96, 1.92, 3.84)  # seconds
+BITS = ((8, 8), (6, 6), (5, 5), (4, 4), (3, 3), (2, 4))  # of weights, of activations
+CALIBRATION = 16  # recordings that are not held out
 KINDS = {"white noise": (0.0, 0.0), "pink noise": (0.0, 1.0), "another talker": (1.0, 0.0)}
 
 
@@ -135,6 +141,28 @@ def segment_table(tokenizer, waveforms, clean) -> summary.Table:
     return summary.Table("Token error in segments, beside pieces of 30 s", columns, cells)
 
 
+def quantised_table(tokenizer, waveforms, calibration) -> summary.Table:
+    rows = []
+    for name, rules in (("linguistic", linguistic_rules("")), ("semantic", semantic_rules(""))):
+        model = getattr(tokenizer, name)
+        found = token_agreement(model, rules, padded(calibration), padded(waveforms), BITS)
+        errors = [percent(1.0 - one["agreement"]) for one in found]
+        rows.append((name, "token error", *errors))
+        usage = [percent(one["usage"] / one["plain_usage"]) for one in found]
+        rows.append((name, "usage, of the plain encoder's", *usage))
+    columns = ("codes", "", *(f"W{weights}A{activations}" for weights, activations in BITS))
+    return summary.Table("Quantised encoders, held-out recordings", columns, tuple(rows))
+
+
+def padded(waveforms, seconds: float = 30.0):
+    """Batches of one recording each, of one length; what is longer is cut."""
+    size = round(16000 * seconds)
+    for samples in waveforms:
+        samples = samples[:size]
+        audio = np.pad(samples, (0, size - len(samples)))[None].astype(np.float32)
+        yield audio, np.array([len(samples)], np.int32)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run_dir", required=True)
@@ -148,11 +176,13 @@ def main() -> None:
     waveforms, held_out = recordings(flags.manifest, flags.validation)
     codes = streams(tokenizer, waveforms)
     kept = [x for x, out in zip(waveforms, held_out, strict=True) if out]
+    learnt = [x for x, out in zip(waveforms, held_out, strict=True) if not out]
     clean = {n: [x for x, o in zip(codes[n], held_out, strict=True) if o] for n in STREAMS}
     tables = [
         use_table(codes, held_out, sizes),
         noise_table(tokenizer, kept, clean),
         segment_table(tokenizer, kept, clean),
+        quantised_table(tokenizer, kept, learnt[:CALIBRATION]),
     ]
     words = [word for word in sys.argv[1:] if not word.startswith("--remark")]
     parts = [
