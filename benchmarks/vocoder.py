@@ -406,8 +406,8 @@ def main() -> None:
     text = "\n\n".join(
         (
             "# Speed of the vocoder at the published sizes",
-            f"Made by `python benchmarks/vocoder.py {' '.join(sys.argv[1:])}`".replace(" `", "`")
-            + f" (seed 0; {flags.threads} of {os.cpu_count()} cores, {platform.machine()}, "
+            f"Made by `{' '.join(['python benchmarks/vocoder.py', *sys.argv[1:]])}`"
+            f" (seed 0; {flags.threads} of {os.cpu_count()} cores, {platform.machine()}, "
             f"{datetime.date.today()}; load average before the start {load:.1f}; {versions}; "
             "float32).",
             "Beside CosyVoice's own modules (Step-Audio 2's in the successors' form), each side a "
