@@ -47,6 +47,8 @@ def run(
     Raises:
       UserError: no such model, images or bits, or a range that cannot be taken.
     """
+    from tqdm import tqdm
+
     from t5x_audio import launch
     from t5x_audio.data import image_reader
     from t5x_audio.evaluation import linear_probe
@@ -69,7 +71,7 @@ def run(
         batch_size,
     )
     accuracies = {}
-    for pair in pairs:
+    for pair in tqdm(pairs, desc="probes", unit="probe"):
         train = features(images.train_images, pair), images.train_labels
         test = features(images.test_images, pair), images.test_labels
         name = linear_probe.bit_name(pair)

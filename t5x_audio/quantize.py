@@ -167,7 +167,7 @@ def _copy_the_rest(source: Path, output: Path, parts) -> None:
         if part not in parts and (source / part).is_dir():
             shutil.copytree(source / part, output / part, dirs_exist_ok=True)
     old, new = RunDirectory(source), RunDirectory(output)
-    if "flow" in parts and (old.speaker_embedding.exists() or old.speaker_embeddings.exists()):
+    if "flow" in parts and (old.speaker_embedding.exists() or old.tokens("spoken_qa").is_dir()):
         answer_voice(old)
         shutil.copy(old.speaker_embedding, new.speaker_embedding)
 

@@ -11,6 +11,7 @@ from t5x_audio import launch, quantize
 from t5x_audio.backbone.transformer import TransformerConfig
 from t5x_audio.errors import UserError
 from t5x_audio.quantization.packed_model import PackedConfig, PackedParam, packed_model
+from t5x_audio.tokenizers.semantic import SemanticTokenizerConfig
 from t5x_audio.training import checkpoints
 from tests.toy_vocoder import FLOW, HIFT
 
@@ -92,3 +93,17 @@ def test_faults(source, tmp_path):
     with pytest.raises(UserError, match="layers/query: the weight has values that are not finite"):
         quantize.run(source=str(tmp_path / "nan"), model_dir=str(tmp_path / "x"), bits=4)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_tokenizer_with_counters(tmp_path):
+    """What is no parameter goes along: the codebook with its counts, and a scalar."""
+    config = SemanticTokenizerConfig(16, 2, 32, 1, 4, 0, text_size=0)
+    model = config.make(nnx.Rngs(0))
+    checkpoints.save_model(tmp_path / "old", {"model": config}, {"model": model})
+    quantize.run(source=str(tmp_path / "old"), model_dir=str(tmp_path / "new"), bits=8)
+    loaded = checkpoints.load_model(tmp_path / "new")
+    assert loaded.quantizer.steps[...].shape == ()
+    np.testing.assert_array_equal(loaded.quantizer.codes[...], model.quantizer.codes[...])
+    audio = 0.1 * np.random.default_rng(0).normal(size=(1, 16000)).astype(np.float32)
+    codes, lengths = loaded.encode(jnp.asarray(audio), jnp.array([16000]))
+    assert codes.shape[1] >= int(lengths[0]) > 0

@@ -85,7 +85,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
 
 def _opened(store) -> PartwiseArray:
-    rows = (*store.chunk_layout.read_chunk.shape, 1)[0]
+    rows = store.chunk_layout.read_chunk.shape[0] if store.shape else 1
 
     def read(start: int) -> np.ndarray:
         part = store[start : min(start + rows, store.shape[0])] if store.shape else store

@@ -288,7 +288,7 @@ class VocoderStream:
     def __init__(self, vocoder: TokenVocoder, flow, hift: HiftStream):
         """Joins the streams of both models; see `TokenVocoder.stream`."""
         self._codebook = vocoder.flow_config.codebook
-        self._flow, self._hift = flow, hift
+        self._flow, self._hift, self._finished = flow, hift, False
         mel_seconds = hift.delay_frames * vocoder.hop / vocoder.sample_rate
         self.delay_seconds = flow.delay_codes * 3 / 125 + mel_seconds
 
@@ -296,19 +296,19 @@ class VocoderStream:
         """Samples float32 [T] that are ready after flat local codes [N]; T may be 0.
 
         Raises:
-          UserError: an id out of range, or weights that give what is not finite.
+          UserError: an id out of range, weights that give what is not finite, or a stream that is
+            finished.
         """
-        return self._samples(self._flow.push(_in_range(codes, self._codebook, "codes")), "push")
+        if self._finished:
+            raise UserError("the stream is finished; begin another with TokenVocoder.stream")
+        mel = self._flow.push(_in_range(codes, self._codebook, "codes"))
+        return _finite(self._hift.push(_finite(mel, "flow")), "hift")
 
     def finish(self) -> np.ndarray:
         """The samples float32 [T] of what waits; an odd tail becomes what it does in the whole."""
-        return self._samples(self._flow.finish(), "finish")
-
-    def _samples(self, mel, call: str) -> np.ndarray:
-        made = [self._hift.push(_finite(mel, "flow"))]
-        if call == "finish":
-            made.append(self._hift.finish())
-        return _finite(np.concatenate(made), "hift")
+        self._finished = True
+        made = self._hift.push(_finite(self._flow.finish(), "flow"))
+        return _finite(np.concatenate([made, self._hift.finish()]), "hift")
 
 
 def _flow_key(seed: int) -> jax.Array:

@@ -228,5 +228,7 @@ def test_less_than_a_group_and_bad_codes_in_a_stream(streaming):
     with pytest.raises(UserError, match="outside of the codebook"):
         session.push([1, 2, 99])
     assert not len(session.push([])) and not len(session.finish())
+    with pytest.raises(UserError, match="stream is finished"):
+        session.push([1])
     with pytest.raises(UserError, match="StreamConfig.left_codes=7"):
         StreamConfig(left_codes=7)
