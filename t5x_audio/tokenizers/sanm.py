@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_audio import cpu_weights
+from t5x_audio.encoder_attention import attend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,11 +164,7 @@ class SanmLayer(nnx.Module):
             all_keys = jnp.concatenate([past_keys, key], axis=1)
             all_values = jnp.concatenate([past_values, value], axis=1)
             visible = jnp.concatenate([seen, valid], axis=1)
-        query = query * query.shape[-1] ** -0.5
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, all_keys).astype(jnp.float32)
-        scores = jnp.where(visible[:, None, None, :], scores, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, all_values)
+        mixed = attend(query, all_keys, all_values, visible)
         attended = self.out(mixed.reshape(batch, length, -1))
         return attended + self._remember(flat_value, valid), key, value
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_audio import cpu_weights
+from t5x_audio.encoder_attention import attend
 
 KERNEL = 3
 STRIDE = 2
@@ -130,15 +131,10 @@ class Block(nnx.Module):
     def _attend(self, x, valid):
         batch, length, width = x.shape
         heads = self.config.num_heads
-        scale = (width // heads) ** -0.25
-        query = (self.query(x) * scale).reshape(batch, length, heads, -1)
-        key = (self.key(x) * scale).reshape(batch, length, heads, -1)
-        value = self.value(x).reshape(batch, length, heads, -1)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
-        scores = jnp.where(valid[:, None, None, :], scores, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-        return self.out(mixed.reshape(batch, length, width))
+        query, key, value = (
+            f(x).reshape(batch, length, heads, -1) for f in (self.query, self.key, self.value)
+        )
+        return self.out(attend(query, key, value, valid).reshape(batch, length, width))
 
 
 class Blocks(nnx.Module):

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from t5x_audio.encoder_attention import attend
 from t5x_audio.errors import UserError
 from t5x_audio.vocoder.initialisers import spread
-from t5x_audio.vocoder.layers import attention, dropout, layer_norm, linear, run_stack, stack
+from t5x_audio.vocoder.layers import dropout, layer_norm, linear, run_stack, stack
 from t5x_audio.vocoder.ring import Ring
 
 
@@ -115,14 +116,14 @@ class RelativeAttention(nnx.Module):
         position = heads(self.position(positions))
         by_distance = jnp.einsum(
             "bthd,phd->bhtp",
-            query + self.position_bias[...].astype(query.dtype),
+            (query + self.position_bias[...].astype(query.dtype)) * query.shape[-1] ** -0.5,
             position,
             preferred_element_type=jnp.float32,
         )
         query = query + self.content_bias[...].astype(query.dtype)
         keys, values, mask, by_key = see(key, value)
-        attended = attention(query, keys, values, mask, by_key(by_distance))
-        return self.out(attended), (key, value)
+        mixed = attend(query, keys, values, mask[..., 0] > 0, by_key(by_distance))
+        return self.out(mixed.reshape(x.shape)), (key, value)
 
 
 class ConvolutionModule(nnx.Module):

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_audio.encoder_attention import attend
 from t5x_audio.vocoder.convolution import Convolution
 from t5x_audio.vocoder.layers import (
-    attention,
     layer_norm,
     linear,
     mish,
@@ -169,7 +169,8 @@ class DitBlock(nnx.Module):
         key = self.key_norm(heads(self.key(x))).astype(x.dtype)
         value = heads(self.value(x))
         keys, values, mask, bias = see(key, value)
-        return self.out(attention(query, keys, values, mask, bias)), key, value
+        mixed = attend(query, keys, values, mask[..., 0] > 0, bias)
+        return self.out(mixed.reshape(*x.shape[:2], -1)), key, value
 
 
 class Dit(nnx.Module):

@@ -13,8 +13,6 @@ from flax import nnx
 
 from t5x_audio.vocoder.initialisers import fan_in
 
-NEGATIVE = -1e9
-
 
 def linear(
     n_in: int,
@@ -111,24 +109,3 @@ def run_stack(layers: nnx.Module, call, x: jax.Array, inputs=None) -> jax.Array:
     x, seen = jax.lax.scan(body, x, (state, inputs))
     nnx.update(layers, seen)
     return x
-
-
-def attention(query, key, value, mask, bias=None) -> jax.Array:
-    """Softmax attention over valid keys, scores in float32.
-
-    Args:
-      query: [B, T, H, D], scaled by D^-1/2 here.
-      key: [B, S, H, D].
-      value: [B, S, H, D].
-      mask: float32 [B, S, 1], 1 at valid keys.
-      bias: unscaled scores to add, [B, H, T, S].
-
-    Returns:
-      [B, T, H * D].
-    """
-    scores = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
-    if bias is not None:
-        scores = scores + bias
-    scores = scores * query.shape[-1] ** -0.5 + (1.0 - mask[:, None, None, :, 0]) * NEGATIVE
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhts,bshd->bthd", weights, value).reshape(*query.shape[:2], -1)

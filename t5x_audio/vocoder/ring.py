@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from t5x_audio.vocoder.layers import NEGATIVE
+_UNSEEN = -1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Chunks:
         recent = index >= start[:, :, None] - look_back
         prompt = index < self.prompts[:, None, None]
         visible = (numbers[:, None] <= numbers[:, :, None]) & (recent | prompt)
-        return jnp.where(visible, 0.0, NEGATIVE)[:, None]
+        return jnp.where(visible, 0.0, _UNSEEN)[:, None]
 
 
 def equal_chunks(size: int, prompts: jax.Array, lengths: jax.Array) -> Chunks:

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_audio.encoder_attention import attend
 from t5x_audio.vocoder.convolution import Convolution, TransposedConvolution
 from t5x_audio.vocoder.initialisers import fan_in
 from t5x_audio.vocoder.layers import (
     MaskedGroupNorm,
-    attention,
     layer_norm,
     linear,
     mish,
@@ -115,7 +115,8 @@ class TransformerBlock(nnx.Module):
             f(y).reshape(*y.shape[:2], self.config.num_heads, -1)
             for f in (self.query, self.key, self.value)
         )
-        x = x + self.out(attention(query, key, value, mask))
+        mixed = attend(query, key, value, mask[..., 0] > 0)
+        x = x + self.out(mixed.reshape(*y.shape[:2], -1))
         y = self.up(self.mlp_norm(x).astype(dtype))
         return x + self.down(jax.nn.gelu(y, approximate=False))
 

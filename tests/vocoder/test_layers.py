@@ -6,7 +6,6 @@ from flax import nnx
 from t5x_audio.vocoder.convolution import length_mask
 from t5x_audio.vocoder.layers import (
     MaskedGroupNorm,
-    attention,
     dropout,
     linear,
     mish,
@@ -33,13 +32,6 @@ def test_mish_equals_its_formula_and_is_safe():
     np.testing.assert_allclose(mish(x), x * jnp.tanh(jax.nn.softplus(x)), atol=1e-5)
     grad = jax.jit(jax.vmap(jax.grad(mish)))(jnp.array([-1e4, -100.0, 0.0, 100.0, 1e4]))
     np.testing.assert_allclose(grad, [0.0, 0.0, 0.6, 1.0, 1.0], atol=1e-4)
-
-
-def test_attention_ignores_padded_keys():
-    q, k, v = (jax.random.normal(jax.random.key(i), (1, 5, 2, 4)) for i in range(3))
-    short = attention(q, k[:, :3], v[:, :3], jnp.ones((1, 3, 1)))
-    masked = attention(q, k, v, length_mask(jnp.array([3]), 5))
-    np.testing.assert_allclose(masked, short, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_keeps_the_mean():
