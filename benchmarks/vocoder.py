@@ -173,6 +173,7 @@ class Ours:
     def __init__(self, variant: Variant, stages, folder: pathlib.Path, threads: int):
         import jax
 
+        from t5x_audio import cpu_weights
         from t5x_audio.training.host_memory import keep_freed_memory
 
         keep_freed_memory()
@@ -180,7 +181,7 @@ class Ours:
         for stage, module in zip(STAGES, variant.interop, strict=True):
             if stage in stages:
                 reader = importlib.import_module(f"t5x_audio.interop.{module}")
-                setattr(self, stage, reader.load(folder / f"{stage}.pt")[0])
+                setattr(self, stage, cpu_weights.arranged(reader.load(folder / f"{stage}.pt")[0]))
 
     def calls(self, arrays) -> dict[str, Callable[[], np.ndarray]]:
         """As of `Theirs`, compiled."""

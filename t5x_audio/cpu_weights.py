@@ -5,9 +5,9 @@ Choices:
   they lie. That costs compilation for each layer, so deep stacks stay unless there is but one shape
   to compile.
 - XLA's CPU compiler copies the right operand of a product into an order of its own. By rows of
-  outputs that copy is cheap, and a product of few rows needs none.
+  outputs that copy is cheap, and a product of few rows needs none. Packed weights stay packed.
 
-What it is worth: benchmarks/tokenizers.py and docs/results/tokenizer_speed.md.
+What it is worth: benchmarks/{tokenizers,vocoder}.py and docs/results/{tokenizer,vocoder}_speed.md.
 """
 
 import jax
@@ -86,6 +86,10 @@ def arranged(module: nnx.Module, max_layers: int | None = None) -> nnx.Module:
         if not isinstance(node, nnx.Module):
             continue
         for name, child in list(vars(node).items()):
-            if isinstance(child, nnx.Linear) and child.kernel.ndim == 2:
+            if isinstance(child, nnx.Linear) and _plain_matrix(child.kernel):
                 setattr(node, name, LinearByOutput(child))
     return module
+
+
+def _plain_matrix(kernel: nnx.Param) -> bool:
+    return isinstance(kernel.get_raw_value(), jax.Array) and kernel.ndim == 2

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from t5x_audio.cpu_weights import unstacked
 from t5x_audio.encoder_attention import attend
 from t5x_audio.errors import UserError
 from t5x_audio.vocoder.initialisers import spread
-from t5x_audio.vocoder.layers import dropout, layer_norm, linear, run_stack, stack
+from t5x_audio.vocoder.layers import dropout, layer_norm, linear, run_stack, scan_stack, stack
 from t5x_audio.vocoder.ring import Ring
 
 
@@ -193,6 +194,11 @@ class ConformerPart(nnx.Module):
         self.embed_norm = layer_norm(config.width, 1e-5, rngs)
         self.layers = stack(lambda r: ConformerBlock(config, r), num_layers, rngs)
 
+    def take_apart(self, max_layers: int | None) -> None:
+        """See `cpu_weights.arranged`."""
+        if max_layers is None or self.num_layers <= max_layers:
+            self.layers = unstacked(self.layers, self.num_layers)
+
     def start(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         """[B, T, width] -> what goes to the blocks, float32; `rng` of dropout or None."""
         x = self.embed_norm(self.embed(x)) * self.config.width**0.5
@@ -239,22 +245,18 @@ class ConformerPart(nnx.Module):
         positions = jnp.asarray(relative_positions(count, config.width), config.dtype)
         mask = jnp.broadcast_to(places.mask[None, :, None], (len(x), count, 1))
         index = jnp.clip(count - 1 - places.distances, 0, 2 * count - 2)[None, None]
-        graph, layers = nnx.split(self.layers)
 
-        def body(x, layer):
-            parameters, *caches = layer
-
+        def call(block, x, caches):
             def see(key, value):
                 joined = (
                     jnp.concatenate(pair, axis=1) for pair in zip(caches, (key, value), strict=True)
                 )
                 return *joined, mask, lambda scores: jnp.take_along_axis(scores, index, axis=-1)
 
-            block = nnx.merge(graph, parameters)
             x, new = block(x, positions, mask[:, -x.shape[1] :], see)
             return x, tuple(places.keep(*pair) for pair in zip(caches, new, strict=True))
 
-        return jax.lax.scan(body, x, (layers, keys, values))
+        return scan_stack(self.layers, call, x, (keys, values))
 
 
 class Conformer(ConformerPart):

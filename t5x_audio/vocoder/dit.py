@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_audio.cpu_weights import unstacked
 from t5x_audio.encoder_attention import attend
 from t5x_audio.vocoder.convolution import Convolution
 from t5x_audio.vocoder.layers import (
@@ -27,6 +28,7 @@ from t5x_audio.vocoder.layers import (
     linear,
     mish,
     run_stack,
+    scan_stack,
     stack,
 )
 from t5x_audio.vocoder.ring import RingSize, ring
@@ -210,6 +212,11 @@ class Dit(nnx.Module):
 
         return self._finish(run_stack(self.blocks, call, self.in_project(x)), time) * mask
 
+    def take_apart(self, max_layers: int | None) -> None:
+        """See `cpu_weights.arranged`."""
+        if max_layers is None or self.config.num_layers <= max_layers:
+            self.blocks = unstacked(self.blocks, self.config.num_layers)
+
     def initial_state(self, batch_size: int, prompt_frames: int) -> DitState:
         """The state before the first frame; a prompt has at most `prompt_frames`."""
         c = self.config
@@ -242,20 +249,19 @@ class Dit(nnx.Module):
         places = ring(size, state.position, state.prompt_frames, length, valid, prompt)
         mask = jnp.broadcast_to(places.mask[None, :, None], (len(x), len(places.mask), 1))
         time = self._embed(time)
-        graph, blocks = nnx.split(self.blocks)
 
-        def body(x, layer):
-            parameters, before, between, keys, values = layer
+        def call(block, x, caches):
+            before, between, keys, values = caches
 
             def see(key, value):
                 joined = (jnp.concatenate(pair, axis=1) for pair in ((keys, key), (values, value)))
                 return *joined, mask, None
 
-            x, new, before, between = nnx.merge(graph, parameters)(x, time, see, before, between)
+            x, new, before, between = block(x, time, see, before, between)
             return x, (before, between, places.keep(keys, new[0]), places.keep(values, new[1]))
 
         caches = (state.before, state.between, state.keys, state.values)
-        x, caches = jax.lax.scan(body, self.in_project(x), (blocks, *caches))
+        x, caches = scan_stack(self.blocks, call, self.in_project(x), caches)
         prompt_frames = valid if prompt else state.prompt_frames
         return self._finish(x, time), DitState(state.position + length, prompt_frames, *caches)
 

@@ -95,17 +95,38 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 
 
 def run_stack(layers: nnx.Module, call, x: jax.Array, inputs=None) -> jax.Array:
-    """x -> call(layer, x, inputs[i]) for each layer in turn, by one scan.
+    """x -> call(layer, x, inputs[i]) for each layer in turn; see `scan_stack`."""
+    return scan_stack(layers, lambda *given: (call(*given), None), x, inputs)[0]
+
+
+def scan_stack(layers: nnx.Module, call, x: jax.Array, inputs=None):
+    """x, output -> call(layer, x, inputs[i]) for each layer in turn, by one scan.
 
     What the layers sow (`nnx.Intermediate`) comes out stacked, here as in the other scans.
+
+    Args:
+      layers: of `stack`, or a list of such layers, as `cpu_weights.unstacked` makes it.
+      call: (layer, x, input) -> (next x, output).
+      x: what goes through the layers.
+      inputs: a pytree with a leading axis of layers, or None.
+
+    Returns:
+      (x, outputs with a leading axis of layers)
     """
+    if isinstance(layers, nnx.List):
+        outputs = []
+        for index, layer in enumerate(layers):
+            x, output = call(layer, x, jax.tree.map(lambda a, i=index: a[i], inputs))
+            outputs.append(output)
+        return x, jax.tree.map(lambda *several: jnp.stack(several), *outputs)
     graphdef, state = nnx.split(layers)
 
     def body(x, layer):
         layer_state, layer_input = layer
         merged = nnx.merge(graphdef, layer_state)
-        return call(merged, x, layer_input), nnx.state(merged, nnx.Intermediate)
+        x, output = call(merged, x, layer_input)
+        return x, (output, nnx.state(merged, nnx.Intermediate))
 
-    x, seen = jax.lax.scan(body, x, (state, inputs))
+    x, (outputs, seen) = jax.lax.scan(body, x, (state, inputs))
     nnx.update(layers, seen)
-    return x
+    return x, outputs

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from t5x_audio import cpu_weights
 from t5x_audio.errors import UserError
 from t5x_audio.vocoder.convolution import length_mask
 from t5x_audio.vocoder.flow import CODES_PER_GROUP, FlowMatching
@@ -65,7 +66,7 @@ class TokenVocoder:
         self.flow_config, self.hift_config = flow.config, hift.config
         self.sample_rate, self.hop = hift.config.sample_rate, hift.config.hop
         self._buckets, self._caches = bucket_groups, isinstance(flow, PairedFlow)
-        self._flow_graph, self._flow_state = nnx.split(flow)
+        self._flow_graph, self._flow_state = nnx.split(cpu_weights.arranged(flow))
         self._hift_graph, self._hift_state = nnx.split(hift)
         self._to_mel = jax.jit(self._flow_step)
         self._to_samples = jax.jit(self._hift_step)
@@ -81,7 +82,7 @@ class TokenVocoder:
         if flow.config != self.flow_config:
             raise UserError("the other flow has other settings; train both with the same gin files")
         other = copy.copy(self)
-        other._flow_state = nnx.state(flow)
+        other._flow_state = nnx.state(cpu_weights.arranged(flow))
         return other
 
     def synthesize(

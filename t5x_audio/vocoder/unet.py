@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_audio.cpu_weights import unstacked
 from t5x_audio.encoder_attention import attend
 from t5x_audio.vocoder.convolution import Convolution, TransposedConvolution
 from t5x_audio.vocoder.initialisers import fan_in
@@ -173,6 +174,16 @@ class Unet(nnx.Module):
         self.project = Convolution(
             channels[0], n_out, 1, kernel_init=nnx.initializers.zeros_init(), **kind
         )
+
+    def take_apart(self, max_layers: int | None) -> None:
+        """See `cpu_weights.arranged`."""
+        config = self.config
+        stages = len(self.down) + config.num_mid_stages + len(self.up)
+        if max_layers is not None and config.num_blocks * stages > max_layers:
+            return
+        self.mid = unstacked(self.mid, config.num_mid_stages)
+        for stage in (*self.down, *self.mid, *self.up):
+            stage.blocks = unstacked(stage.blocks, config.num_blocks)
 
     def __call__(self, x: jax.Array, mask: jax.Array, time: jax.Array) -> jax.Array:
         """Velocity.
