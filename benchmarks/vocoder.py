@@ -41,6 +41,8 @@ SIDES = ("ours", "theirs")
 STAGES = ("flow", "hift")
 CASES = ("5.04x1", "10.08x1", "5.04x4")  # seconds x utterances
 SPEAKER_DIM, NUM_MELS, LINGUISTIC_SIZE, CODES = 192, 80, 1024, 5120
+STREAM_COLUMNS = ("form", "speech waited for, s", "to the first samples, s", "chunk, s of speech")
+STREAM_COLUMNS += ("a chunk, s", "real-time factor")
 TOLERANCES = {"flow": 1e-3, "hift": 1e-2}  # relative to the largest value, float32 on both sides
 
 
@@ -209,6 +211,28 @@ class Ours:
             )
         return made
 
+    def stream(self, arrays) -> dict[str, float]:
+        """Codes pushed group by group: how many, and the seconds, to the first samples; afterwards
+        the median seconds for a chunk.
+        """
+        from t5x_audio.vocoder.flow_stream import StreamConfig
+        from t5x_audio.vocoder.token_vocoder import TokenVocoder
+
+        vocoder, codes = TokenVocoder(self.flow, self.hift), arrays["codes"][0]
+        for _ in range(2):  # the first time compiles
+            stream, seconds, pushed = vocoder.stream(arrays["speaker"][0]), [], []
+            for start in range(0, len(codes), 5):
+                before = time.perf_counter()
+                if len(stream.push(codes[start : start + 5])):
+                    seconds.append(time.perf_counter() - before)
+                    pushed.append(start + 5)
+        return {
+            "codes": pushed[0],
+            "first": seconds[0],
+            "chunk": statistics.median(seconds[1:]),
+            "chunk_codes": StreamConfig().chunk_codes,
+        }
+
     def _compiled(self, name: str, module, call, *arguments):
         from flax import nnx
 
@@ -242,6 +266,8 @@ def serve(flags) -> None:
                 calls[stage]()  # warm
             pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
             _answer({"flops": getattr(side, "flops", {})})
+        elif asked["do"] == "stream":
+            _answer(side.stream(inputs(variant, *asked["case"])))
         else:
             wall, cpu = time.perf_counter(), time.process_time()
             calls[asked["stage"]]()
@@ -292,11 +318,11 @@ class Side:
         self.process.wait()
 
 
-def race(flags, name: str) -> list[tuple[str, ...]]:
-    """Rows of the table for one variant."""
+def race(flags, name: str) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Rows of both tables for one variant."""
     variant = VARIANTS[name]
     stages = [stage for stage in available(variant) if stage in flags.stages.split(",")]
-    rows = []
+    rows, streams = [], []
     with tempfile.TemporaryDirectory() as folder:
         sides = {side: Side(side, flags, name, stages, folder) for side in SIDES[::-1]}
         for case in map(_seconds_and_rows, flags.cases):
@@ -311,9 +337,21 @@ def race(flags, name: str) -> list[tuple[str, ...]]:
             for row in table_rows(variant, case, found, flops["ours"]["flops"]):
                 rows.append(row)
                 print(*row, sep=" | ", flush=True)
+        if len(stages) == len(STAGES):
+            made = sides["ours"].ask(do="stream", case=_seconds_and_rows(flags.cases[0]))
+            streams.append(stream_row(variant, made))
         for side in sides.values():
             side.close()
-    return rows
+    return rows, streams
+
+
+def stream_row(variant: Variant, made: dict[str, float]) -> tuple[str, ...]:
+    """A row of the second table, of what `Ours.stream` found."""
+    waits, speech = (made[name] * 3 / 125 for name in ("codes", "chunk_codes"))
+    return (
+        variant.name, f"{waits:.2f}", f"{made['first']:.2f}", f"{speech:.2f}",
+        f"{made['chunk']:.2f}", f"{made['chunk'] / speech:.2f}",
+    )  # fmt: skip
 
 
 def _seconds_and_rows(case: str) -> tuple[float, int]:
@@ -397,7 +435,8 @@ def main() -> None:
         serve(flags)
         return
     load = os.getloadavg()[0]
-    rows = [row for name in flags.variants.split(",") for row in race(flags, name)]
+    found = [race(flags, name) for name in flags.variants.split(",")]
+    rows, streams = ([row for part in parts for row in part] for parts in zip(*found, strict=True))
     columns = ("form", "speech", "stage", "times as fast", "by CPU seconds", "real-time factor")
     columns += ("of PyTorch", "GFLOP a second of speech", "our GFLOP/s")
     columns += ("our peak, MiB", "PyTorch's, MiB")
@@ -416,6 +455,10 @@ def main() -> None:
             "range of the pairs. 10 Euler steps with guidance; a batch is one call of ours and "
             "several of theirs, which take one utterance at a time.",
             summary.table_markdown(summary.Table("", columns, tuple(rows))),
+            "Ours as a stream, codes pushed as a language model makes them: how many seconds of "
+            "speech have to be there, and how long the computation then takes, until the first "
+            "samples come; later the computation for a chunk.",
+            summary.table_markdown(summary.Table("", STREAM_COLUMNS, tuple(streams))),
         )
     )
     (flags.output / "vocoder_speed.md").write_text(text + "\n")

@@ -51,7 +51,12 @@ class LinearByOutput(nnx.Module):
 
 
 def unstacked(layers: nnx.Module, count: int) -> nnx.List:
-    """`count` modules with arrays of their own, of one whose arrays have a leading axis of them."""
+    """`count` modules with arrays of their own, of one whose arrays have a leading axis of them.
+
+    What is apart already stays as it is.
+    """
+    if isinstance(layers, nnx.List):
+        return layers
     graphdef, state = nnx.split(layers)
 
     def one(variable, index):

@@ -106,6 +106,7 @@ def test_flows_stay_what_they_are(config):
     made = cpu_weights.arranged(model)
     stack = made.estimator.mid[1].blocks if config is UNET else made.estimator.blocks
     assert isinstance(stack[1].up, cpu_weights.LinearByOutput)
+    assert leaves(cpu_weights.arranged(made)) == leaves(made)
     np.testing.assert_allclose(mel(made), mel(model), atol=1e-3)
     assert leaves(model) == before
 
