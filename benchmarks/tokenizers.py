@@ -5,7 +5,8 @@ The linguistic encoder (SAN-M, 50 layers) beside FunASR's in PyTorch: a padded b
 context, and one recording chunk by chunk with caches. The semantic tokenizer beside onnxruntime on
 the graph that S3Tokenizer exports, a padded batch and one recording. Weights are random and the
 same on both sides, features too; outputs must agree, else nothing is reported. All run in this one
-process, a call of one after a call of the other, so that whatever else the machine does meets both.
+process, a call of one after a call of the other, so that whatever else the machine does meets both;
+freed memory is kept, as in every job.
 
     .venv-parity/bin/python benchmarks/tokenizers.py
 
@@ -43,6 +44,7 @@ from t5x_audio import cpu_weights
 from t5x_audio.evaluation import summary
 from t5x_audio.interop import paraformer, speech_tokenizer
 from t5x_audio.tokenizers import batching
+from t5x_audio.training.host_memory import keep_freed_memory
 
 RATE = 16000
 CHUNK_SECONDS = 0.24
@@ -246,6 +248,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/results"))
     flags = parser.parse_args()
+    keep_freed_memory()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for make in (linguistic, semantic):

@@ -51,7 +51,8 @@ def _by_heads(query, key, value, bias):
     batch, length, heads, _ = query.shape
     size = length * key.shape[1]
     rows = batch * heads
-    together = rows if rows * size <= _AT_ONCE else math.gcd(rows, _HEADS)
+    most = max(_AT_ONCE // size, math.gcd(rows, _HEADS))
+    together = max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
     queries, keys, values = (
         x.swapaxes(1, 2).reshape(rows // together, together, *x.shape[1::2])
         for x in (query, key, value)
