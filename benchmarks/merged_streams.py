@@ -3,12 +3,12 @@
 
     python benchmarks/merged_streams.py --run_dir=runs/speech
 
-Three language models of one size (tiny, with fewer layers) learn to continue recordings: by the merged stream (two
-linguistic, three semantic codes in turn), by the linguistic stream alone and by the semantic one
-alone. Rows are as long in seconds for all three, so each step sees the same audio, and every model
-takes as many steps. Compared is the lowest held-out perplexity of each stream over the training. The
-merged stream is learnt more slowly at first: which of the two streams comes next has to be found
-out too.
+Three language models of one size (tiny, with fewer layers) learn to continue recordings: by the
+merged stream (two linguistic, three semantic codes in turn), by the linguistic stream alone and by
+the semantic one alone. Rows are as long in seconds for all three, so each step sees the same audio,
+and every model takes as many steps. Compared is the lowest held-out perplexity of each stream over
+the training. The merged stream is learnt more slowly at first: which of the two streams comes next
+has to be found out too.
 Needs a run with tokens, such as pretraining_streams.py makes. The page goes to docs/results/.
 """
 
