@@ -6,9 +6,9 @@ r"""Packs the weights of a model, or of all parts of a run, to 8, 4, 3 or 2 bits
     python -m t5x_audio.infer --model_dir=runs/demo_8bit --input=question.wav --output=answer.wav
 
 What is written is a model directory, or a run directory, like the source. Weights are rounded to
-the nearest integer (`quantization/packing.py`); embeddings, norms and biases stay as they are, and
-so do vocabulary and voice of a run. One array is in memory at a time, of a stack of layers one
-layer. A finished part is not made again.
+the nearest integer (`quantization/packing.py`), those of a language model's embedding to 8 bits;
+norms and biases stay as they are, and so do vocabulary and voice of a run. One array is in memory
+at a time, of a stack of layers one layer. A finished part is not made again.
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ def run(
       model_dir: where the packed one goes.
       bits: of a weight: 8, 4, 3 or 2.
       group: inputs of an output that share a scale, a multiple of 8; None = all of them.
-      rules: `quantization.rules.Rules` that say which weights; None = all matrices and kernels.
+      rules: `quantization.rules.Rules` that say which weights; None = all matrices and kernels,
+        and of a language model the embedding.
 
     Returns:
       Bytes before and after, parameters, and how many of them were packed.
@@ -72,13 +73,15 @@ def _pack(source: Path, output: Path, name: str, bits: int, group, rules) -> dic
     from flax import nnx
     from tqdm import tqdm
 
-    from t5x_audio.quantization.packed_model import DEFAULT, PackedConfig
+    from t5x_audio.backbone.transformer import TransformerConfig
+    from t5x_audio.quantization.packed_model import DEFAULT, LANGUAGE_MODEL, PackedConfig
     from t5x_audio.training import checkpoints
 
     old = checkpoints.load_config(source, name)
     if isinstance(old, PackedConfig):
         raise UserError(f"{source}: is packed already, to {old.bits} bits; give its source")
-    config = PackedConfig(old, bits, group, rules or DEFAULT)
+    usual = LANGUAGE_MODEL if isinstance(old, TransformerConfig) else DEFAULT
+    config = PackedConfig(old, bits, group, rules or usual)
     model = nnx.eval_shape(lambda: old.make(nnx.Rngs(0)))
     weights = config.weights(model)
     arrays: dict[str, dict] = {"params": {}, "variables": {}}
@@ -128,7 +131,7 @@ def _packed(path: str, array, weight, bits: int, stack: int, group) -> dict[str,
     def part(start: int):  # asked for twice, so that nothing has to be kept
         values = array.read(start) if stack else array.whole()
         try:
-            return packed_model.pack_array(np.asarray(values, np.float32), weight, bits, group)
+            return packed_model.pack_array(values, weight, bits, group)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 

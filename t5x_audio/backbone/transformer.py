@@ -377,7 +377,7 @@ class Transformer(nnx.Module):
             balance = context_parallel.balance
             tokens, positions, segment_ids = map(balance, (tokens, positions, segment_ids))
             soft = soft and (soft[0], balance(soft[1]))
-        x = self.embedding[...][tokens].astype(jnp.dtype(self.config.dtype))
+        x = self.embedding[tokens].astype(jnp.dtype(self.config.dtype))
         if soft is not None:
             x = self._with_soft(x, *soft)
         x = _laid_out(x, cache)

@@ -6,33 +6,41 @@ when they are read. So every model serves packed, its code unchanged; a scan ove
 unpacks one layer at a time.
 
 Choices: which weights are packed is a table of `rules.Rules`; what it names no bits for takes
-`bits`. Norms, biases and embeddings stay as they are, by `DEFAULT`.
+`bits`. Norms, biases and embeddings stay as they are, by `DEFAULT`; a language model's embedding,
+of which a token reads one row, takes 8 bits, by `LANGUAGE_MODEL`.
 """
 
 import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from t5x_audio.errors import UserError
-from t5x_audio.quantization.packing import PackedWeight, pack, packed_sizes, unpack
+from t5x_audio.quantization.packing import PackedWeight, pack, packed_sizes, unpack, unpack_rows
 from t5x_audio.quantization.rules import Rules, find
 
 DEFAULT = Rules(weights=((r"(.*/)?(kernel|query|key|value|out|gate|up|down|head)", None),))
 """All matrices and kernels of dense layers, convolutions and attention."""
 
+LANGUAGE_MODEL = Rules(weights=(("embedding", 8), *DEFAULT.weights))
+"""Those of a `Transformer`, whose table has a scale for each column, or for a group of its rows."""
+
 
 class PackedParam(nnx.Param):
-    """A parameter whose value is a `PackedWeight`; `[...]` gives the float32 weight.
+    """A parameter whose value is a `PackedWeight`; `[...]` gives the float32 weight, an array of
+    ints its rows.
 
     Its metadata `tail` is the shape of the weight behind the axes of a stack of layers.
     """
 
     def __getitem__(self, key):
         packed = self.get_raw_value()
+        if isinstance(key, jax.Array):
+            return unpack_rows(packed, key)
         weight = unpack(packed).reshape(*packed.packed.shape[:-2], *self.get_metadata("tail"))
         return weight if key is ... else weight[key]
 

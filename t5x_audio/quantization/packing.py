@@ -10,7 +10,8 @@ Choices:
   first byte on: 3 bits take 3 bits. Inputs are filled up with zeros to whole bytes and groups.
 - Outputs stay the last axis, so that unpacking is shifts of whole rows and fuses into what reads
   the weight; stacks of layers keep their axes in front.
-- Packing is NumPy's, one array at a time: a large model never stands in memory twice.
+- Packing is NumPy's, some outputs at a time: beside a weight and its integers there is little else
+  in memory.
 """
 
 import flax.struct
@@ -22,6 +23,7 @@ from t5x_audio.errors import UserError
 
 WIDTHS = (8, 4, 3, 2)
 _TOGETHER = 8  # integers that fill whole bytes at every width
+_AT_ONCE = 1 << 24  # weights that are rounded at once
 
 
 @flax.struct.dataclass
@@ -62,17 +64,30 @@ def pack(weight: np.ndarray, bits: int, group: int | None = None) -> PackedWeigh
     Raises:
       UserError: no such width or group, fewer than two axes, or a weight that is not finite.
     """
-    weight = np.asarray(weight, np.float32)
+    weight = np.asarray(weight)
     require_width(bits, group)
     if weight.ndim < 2 or not weight.size:
         raise UserError(f"a weight of shape {weight.shape} is no matrix; leave it unpacked")
+    *stack, inputs, outputs = weight.shape
+    count, groups = packed_sizes(inputs, bits, group)
+    packed = np.empty((*stack, count, outputs), np.uint8)
+    scales = np.empty((*stack, groups, outputs), np.float32)
+    columns = max(1, _AT_ONCE * outputs // weight.size)
+    for start in range(0, outputs, columns):
+        some = (..., slice(start, start + columns))
+        packed[some], scales[some] = _packed_columns(weight[some], bits, group)
+    return PackedWeight(packed, scales, bits, inputs)
+
+
+def _packed_columns(weight: np.ndarray, bits: int, group: int | None):
+    """(bytes, scales) of some outputs."""
+    weight = np.asarray(weight, np.float32)
     if not np.isfinite(weight).all():
         raise UserError("the weight has values that are not finite")
-    inputs = weight.shape[-2]
-    step = group or _TOGETHER
-    padded = np.pad(weight, [(0, 0)] * (weight.ndim - 2) + [(0, -inputs % step), (0, 0)])
+    rest = -weight.shape[-2] % (group or _TOGETHER)
+    padded = np.pad(weight, [(0, 0)] * (weight.ndim - 2) + [(0, rest), (0, 0)])
     integers, scales = _rounded(padded, bits, group or padded.shape[-2])
-    return PackedWeight(_to_bytes(integers, bits), scales, bits, inputs)
+    return _to_bytes(integers, bits), scales
 
 
 def require_width(bits: int, group: int | None) -> None:
@@ -127,6 +142,20 @@ def unpack(weight: PackedWeight, dtype=jnp.float32) -> jax.Array:
     grouped = integers.reshape(*stack, groups, inputs // groups, outputs).astype(jnp.float32)
     wide = grouped * weight.scales[..., None, :]
     return wide.reshape(*stack, inputs, outputs)[..., : weight.inputs, :].astype(dtype)
+
+
+def unpack_rows(weight: PackedWeight, rows: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """Some rows of a matrix, which alone are unpacked: ints [...] -> [..., outputs]."""
+    if weight.packed.ndim != 2:
+        raise ValueError(f"rows of a stack of shape {weight.shape}; give one matrix")
+    eights = jnp.asarray(weight.packed).reshape(-1, weight.bits, weight.packed.shape[-1])
+    integers = _to_integers(eights[rows // _TOGETHER], weight.bits)
+    if weight.bits == 8:  # bytes are integers one by one
+        integers = integers.reshape(*rows.shape, _TOGETHER, -1)
+    one = (rows % _TOGETHER)[..., None, None]
+    integers = jnp.take_along_axis(integers, one, axis=-2)[..., 0, :]
+    size = weight.packed.shape[0] * _TOGETHER // weight.bits // weight.scales.shape[0]
+    return (integers * jnp.asarray(weight.scales)[rows // size]).astype(dtype)
 
 
 def _to_integers(packed: jax.Array, bits: int) -> jax.Array:

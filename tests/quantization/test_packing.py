@@ -7,8 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5x_audio.errors import UserError
+from t5x_audio.quantization import packing
 from t5x_audio.quantization.fake_quant import quantize_weight
-from t5x_audio.quantization.packing import WIDTHS, _to_bytes, _to_integers, pack, unpack
+from t5x_audio.quantization.packing import (
+    WIDTHS,
+    _to_bytes,
+    _to_integers,
+    pack,
+    unpack,
+    unpack_rows,
+)
 
 
 def weight(*shape, seed=0) -> np.ndarray:
@@ -80,3 +88,21 @@ def test_groups_have_scales_of_their_own(bits):
 def test_bad_input_is_named(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("group", (None, 16))
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_rows_are_those_of_the_whole(bits, group):
+    packed = pack(weight(37, 6), bits, group)
+    rows = np.random.default_rng(1).integers(0, 37, (2, 5))
+    got = jax.jit(unpack_rows)(packed, rows)
+    np.testing.assert_array_equal(got, np.asarray(unpack(packed))[rows])
+
+
+@pytest.mark.parametrize("shape", [(40, 23), (3, 16, 9)])
+def test_some_outputs_at_a_time_change_nothing(monkeypatch, shape):
+    whole = pack(weight(*shape), 4, group=8)
+    monkeypatch.setattr(packing, "_AT_ONCE", 100)
+    parts = pack(weight(*shape), 4, group=8)
+    np.testing.assert_array_equal(parts.packed, whole.packed)
+    np.testing.assert_array_equal(parts.scales, whole.scales)
