@@ -27,6 +27,8 @@ def run(
     max_new_tokens: int = 400,
     max_seconds: float = MAX_SECONDS,
     seed: int = 0,
+    weights: str | None = None,
+    cache: str | None = None,
 ) -> dict[str, object]:
     """Answers a question; exactly one of `input` and `text` asks it.
 
@@ -38,6 +40,8 @@ def run(
       temperature, top_p, max_new_tokens: of sampling; temperature 0 takes the likeliest token.
       max_seconds: longest question.
       seed: of sampling and of the vocoder's noise: the same question gives the same answer.
+      weights: how the backbone keeps them: 'float32', 'bfloat16', 'int8', or None = as it computes.
+      cache: how it keeps keys and values: 'int8', or None = as it computes.
 
     Returns:
       The text, the file, its seconds, the timings in seconds and tokens per second.
@@ -60,6 +64,7 @@ def run(
 
         waveform = io.load(input, max_seconds=max_seconds)
     options = {"max_new_tokens": max_new_tokens, "seed": seed}
+    options |= {"weights": weights, "cache": cache}
     answer, loading = _answer(model_dir, waveform, text, temperature, top_p, options)
     return _hand_over(answer, output, loading)
 

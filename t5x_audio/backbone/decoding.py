@@ -28,9 +28,10 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from t5x_audio.backbone import decoding_weights
+from t5x_audio.backbone import decoding_weights, kv_cache
+from t5x_audio.backbone.kv_cache import KVCache
 from t5x_audio.backbone.mesh import STREAM_AXES, constrain
-from t5x_audio.backbone.transformer import KVCache, Transformer
+from t5x_audio.backbone.transformer import Transformer
 from t5x_audio.errors import UserError
 
 PADDING = -1
@@ -80,10 +81,19 @@ class Decoder:
       model: a Transformer.
       stop_ids: tokens that end an answer.
       weights: 'float32', 'bfloat16' or 'int8', how they are kept; None leaves them as they are.
+      cache: 'int8', how keys and values are kept; None = in the model's type of computation.
     """
 
-    def __init__(self, model: Transformer, stop_ids: Sequence[int], weights: str | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        stop_ids: Sequence[int],
+        weights: str | None = None,
+        cache: str | None = None,
+    ):
         """Prepares the weights."""
+        kv_cache.require_kind(cache)
+        self._cache = cache
         self.vocab_size = model.config.vocab_size
         prepared = decoding_weights.prepare(model, weights, jax.default_backend() == "cpu")
         self._graphdef, self._weights = nnx.split(prepared)
@@ -120,7 +130,9 @@ class Decoder:
         tokens, lengths = self._pad(prompts, width)
         tables = self._tables(grammar)
         steps = -(-max_new_tokens // block) * block
-        cache, logits, position = prefill(self._graphdef, self._weights, tokens, lengths, steps)
+        cache, logits, position = prefill(
+            self._graphdef, self._weights, tokens, lengths, steps, self._cache
+        )
         state = begin(cache, logits, position, sampling, grammar, seed)
         left = max_new_tokens
         while left > 0:
@@ -175,15 +187,18 @@ def _on_every_host(x: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def prefill(graphdef, weights, tokens, lengths, steps):
-    """-> (cache with room for `steps` more, logits of the first new token, its position)."""
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def prefill(graphdef, weights, tokens, lengths, steps, kind: str | None = None):
+    """-> (cache with room for `steps` more, logits of the first new token, its position).
+
+    `kind`: of the cache, see `kv_cache.KINDS`.
+    """
     model = nnx.merge(graphdef, weights)
     batch, width = tokens.shape
     tokens, lengths = constrain(tokens, STREAM_AXES), constrain(lengths, STREAM_AXES)
     segment_ids = (jnp.arange(width) < lengths[:, None]).astype(jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
-    cache = model.init_cache(batch, width + steps)
+    cache = model.init_cache(batch, width + steps, kind)
     hidden, cache = model.hidden(tokens, positions, segment_ids, cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], 1)
     return cache, model.logits(last)[:, 0], lengths

@@ -23,17 +23,16 @@ Choices:
 """
 
 import dataclasses
-from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_audio.backbone import context_parallel, remat, rope
+from t5x_audio.backbone import context_parallel, kv_cache, remat, rope
 from t5x_audio.backbone.alibi import alibi_slopes, interpolate_slopes
 from t5x_audio.backbone.attention import attention
 from t5x_audio.backbone.feed_forward import dense, swiglu
+from t5x_audio.backbone.kv_cache import KVCache
 from t5x_audio.backbone.mesh import (
     BATCH_AXES,
     FSDP_AXIS,
@@ -133,28 +132,6 @@ class TransformerConfig:
         return Transformer(self, rngs)
 
 
-@flax.struct.dataclass
-class KVCache:
-    """What a decoder remembers of T slots of B rows.
-
-    Slots are filled from the left, all rows alike: a row of fewer tokens has padding (segment 0)
-    among its slots. Per layer and stacked [layers, ...] or a tuple over layers, as the model is.
-    In a tuple a single row's axis is left out: XLA's CPU compiler would drop it to read the cache,
-    and then writes to a copy instead of in place.
-
-    Attributes:
-      keys, values: [B, kv_heads, T, head_dim] of every layer, in the compute type.
-      positions, segment_ids: int32[B, T].
-      length: int32 [], slots filled.
-    """
-
-    keys: Any
-    values: Any
-    positions: jax.Array
-    segment_ids: jax.Array
-    length: jax.Array
-
-
 def _param(rngs, shape, axes, std):
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), logical_axes=axes)
 
@@ -162,15 +139,6 @@ def _param(rngs, shape, axes, std):
 def _laid_out(x, cache):
     """The residual stream [B, S, embed] over the mesh, between two layers."""
     return constrain(x, BATCH_AXES, SEQUENCE_AXIS) if cache is None else constrain(x, STREAM_AXES)
-
-
-def _written(cache, new, index, slot):
-    """A layer's cache, or layer `index` of a stack, with `new` [B, K, S, D] from a slot on."""
-    if index is None:
-        streams = cache.shape[:-2]
-        new = new.reshape(*streams, *new.shape[-2:])
-        return jax.lax.dynamic_update_slice(cache, new, (*(0 for _ in streams), slot, 0))
-    return jax.lax.dynamic_update_slice(cache, new[None], (index, 0, 0, slot, 0))
 
 
 def _scaled(product, module, name: str):
@@ -284,12 +252,11 @@ class Layer(nnx.Module):
         kept, key_place = None, place
         if cache is not None:
             keys, values, index, slot, key_place = cache
-            kept = _written(keys, key, index, slot), _written(values, value, index, slot)
-            key, value = (
-                array if index is None else jax.lax.dynamic_index_in_dim(array, index, 0, False)
-                for array in kept
+            kept = tuple(
+                kv_cache.written(slots, new, index, slot)
+                for slots, new in ((keys, key), (values, value))
             )
-            key, value = (x.reshape(batch, -1, *x.shape[-2:]) for x in (key, value))
+            key, value = (kv_cache.read(slots, batch, index, x.dtype) for slots in kept)
         mixed = attention(
             query,
             key,
@@ -448,20 +415,26 @@ class Transformer(nnx.Module):
                 values.append(kept[1])
         return x, cache and cache.replace(keys=tuple(keys), values=tuple(values))
 
-    def init_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache of `max_len` slots for `batch` rows, rows and groups over the mesh."""
+    def init_cache(self, batch: int, max_len: int, kind: str | None = None) -> KVCache:
+        """An empty cache of `max_len` slots for `batch` rows, rows and groups over the mesh.
+
+        `kind`: of `kv_cache.KINDS`; None = in the compute type.
+        """
         config = self.config
         shape = (batch, config.num_kv_heads, max_len, config.head_dim)
 
-        def empty(*stack):
-            zeros = jnp.zeros((*stack, *shape), config.dtype)
-            return constrain(zeros, *(None for _ in stack), STREAM_AXES, HEAD_AXIS)
+        def empty(*stack, alone: bool = False):
+            def placed(zeros):
+                axes = (*(None for _ in stack), STREAM_AXES, HEAD_AXIS)
+                zeros = constrain(zeros, *axes)
+                return zeros.reshape(zeros.shape[1:]) if alone else zeros
+
+            return jax.tree.map(placed, kv_cache.empty((*stack, *shape), config.dtype, kind))
 
         if isinstance(self.layers, Layer):
             kept = [empty(config.num_layers) for _ in range(2)]
         else:
-            alone = shape[1:] if batch == 1 else shape
             layers = range(config.num_layers)
-            kept = [tuple(empty().reshape(alone) for _ in layers) for _ in range(2)]
+            kept = [tuple(empty(alone=batch == 1) for _ in layers) for _ in range(2)]
         places = [constrain(jnp.zeros((batch, max_len), jnp.int32), STREAM_AXES) for _ in range(2)]
         return KVCache(*kept, *places, jnp.zeros((), jnp.int32))

@@ -108,11 +108,18 @@ class SpokenAssistant:
         }
 
     @classmethod
-    def load(cls, run_dir, **options) -> "SpokenAssistant":
-        """Loads a run directory; `options` are those of the constructor.
+    def load(
+        cls, run_dir, *, weights: str | None = None, cache: str | None = None, **options
+    ) -> "SpokenAssistant":
+        """Loads a run directory.
+
+        Args:
+          run_dir: of a trained run, packed or not.
+          weights, cache: how the backbone keeps both, see `decoding.Decoder`.
+          **options: those of the constructor.
 
         Raises:
-          UserError: a part is missing, damaged or of another size.
+          UserError: a part is missing, damaged or of another size, or no such weights or cache.
         """
         root = RunDirectory(run_dir)
         vocabulary = root.check()
@@ -120,7 +127,8 @@ class SpokenAssistant:
             checkpoints.load_model(root.linguistic_tokenizer),
             checkpoints.load_model(root.semantic_tokenizer),
         )
-        decoder = decoding.Decoder(checkpoints.load_model(root.backbone), [vocabulary.eot])
+        backbone = checkpoints.load_model(root.backbone)
+        decoder = decoding.Decoder(backbone, [vocabulary.eot], weights, cache)
         vocoder = TokenVocoder(
             checkpoints.load_model(root.flow),
             checkpoints.load_model(root.hift, "generator"),

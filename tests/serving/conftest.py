@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from t5x_audio.audio import io
+from t5x_audio.backbone.decoding import Decoder
 from t5x_audio.backbone.transformer import TransformerConfig
 from t5x_audio.data import corpus, lm_reader, records
 from t5x_audio.sequences.layouts import Layouts
@@ -189,10 +190,16 @@ def parts(run_dir) -> dict:
 
 @pytest.fixture
 def loaded(parts, monkeypatch) -> None:
-    """`SpokenAssistant.load` checks the run but takes `parts`, so that nothing compiles twice."""
+    """`SpokenAssistant.load` checks the run but takes `parts`, so that nothing compiles twice; only
+    a backbone that is to be kept in another way is its own.
+    """
 
-    def load(run_dir, **options):
+    def load(run_dir, *, weights=None, cache=None, **options):
         RunDirectory(run_dir).check()
-        return SpokenAssistant(**parts, **options)
+        taken = dict(parts)
+        if weights or cache:
+            backbone = checkpoints.load_model(RunDirectory(run_dir).backbone)
+            taken["decoder"] = Decoder(backbone, [parts["vocabulary"].eot], weights, cache)
+        return SpokenAssistant(**taken, **options)
 
     monkeypatch.setattr(SpokenAssistant, "load", load)

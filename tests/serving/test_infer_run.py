@@ -30,7 +30,8 @@ def test_spoken_question_of_another_rate(loaded, run_dir, tmp_path, capsys):
 
 def test_typed_question(loaded, run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert _infer(f"--model_dir={run_dir}", "--text=what is up", "--seed=1") == 0
+    kept = ("--gin.infer.run.weights='int8'", "--gin.infer.run.cache='int8'")
+    assert _infer(f"--model_dir={run_dir}", "--text=what is up", "--seed=1", *kept) == 0
     assert (tmp_path / "answer.wav").exists()
     assert capsys.readouterr().out.startswith("done: text=")
 
@@ -42,6 +43,7 @@ def test_typed_question(loaded, run_dir, tmp_path, capsys, monkeypatch):
         (("--text=hello", "--model_dir=nowhere"), "nowhere: no such run directory"),
         (("--input=none.wav",), "none.wav: no such file"),
         (("--inptu=none.wav",), "unrecognized arguments"),
+        (("--text=hello", "--gin.infer.run.cache='int3'"), "cache='int3': use None or int8"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(
