@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 _MASKED = -1e30
-_AT_ONCE = 1 << 20  # scores, where not all are computed at once
+_AT_ONCE = 1 << 20  # scores, or those of _HEADS heads; of a longer sequence twice as many
 _HEADS = 2
 
 
