@@ -14,11 +14,8 @@ import argparse
 import hashlib
 import json
 import pathlib
-import re
 import shutil
-import subprocess
 import sys
-import time
 
 # The project is run from its tree; it is not installed in the environments.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -27,10 +24,12 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from benchmarks.processes import run_python
 from benchmarks.sizes import backbone, macros
 from t5x_audio.interop import hugging_face
 
 FILES = 5
+CONVERT = ("-m", "t5x_audio.convert")
 
 
 def write_checkpoint(folder: pathlib.Path, size: str) -> int:
@@ -66,20 +65,6 @@ def random_bits(rng, shape) -> np.ndarray:
     return bits.view(ml_dtypes.bfloat16)
 
 
-def run(*flags: str) -> tuple[float, float]:
-    """(seconds, GB of memory at the most) of `convert` with these flags."""
-    begun, most = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, "-m", "t5x_audio.convert", *flags])
-    while process.poll() is None:
-        status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
-        if found := re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE):
-            most = max(most, int(found[1]))
-        time.sleep(0.02)
-    if process.returncode:
-        sys.exit(process.returncode)
-    return time.perf_counter() - begun, most * 1024 / 1e9
-
-
 def digests(folder: pathlib.Path) -> dict[str, str]:
     """SHA-256 of every file with weights."""
     found = {}
@@ -99,8 +84,8 @@ def main() -> None:
         sys.exit(f"error: {flags.folder} exists already; remove it or give another --folder")
     there, model, back = (str(flags.folder / name) for name in ("hf", "model", "back"))
     total = write_checkpoint(pathlib.Path(there), flags.size)
-    imported, import_memory = run(f"--from_hf={there}", f"--model_dir={model}")
-    exported, export_memory = run(f"--model_dir={model}", f"--to_hf={back}")
+    imported, import_memory = run_python(*CONVERT, f"--from_hf={there}", f"--model_dir={model}")
+    exported, export_memory = run_python(*CONVERT, f"--model_dir={model}", f"--to_hf={back}")
     same = digests(pathlib.Path(there)) == digests(pathlib.Path(back))
     shutil.rmtree(flags.folder)
     report = {

@@ -131,9 +131,8 @@ def main() -> None:
     flags = parser.parse_args()
     cache(flags)
     results: dict[str, list[dict]] = {task: [] for task in TASKS}
-    for seed in range(
-        flags.seeds
-    ):  # Seed by seed: an interrupted experiment has whole comparisons.
+    # Seed by seed: an interrupted experiment has whole comparisons.
+    for seed in range(flags.seeds):
         for task in TASKS:
             results[task].append(train(flags, task, seed))
     text = page(results, flags)

@@ -17,11 +17,8 @@ import math
 import os
 import pathlib
 import platform
-import re
 import shutil
-import subprocess
 import sys
-import time
 
 # The project is run from its tree; it is not installed in the environments.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -31,6 +28,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from benchmarks.processes import run_python
 from benchmarks.sizes import backbone, macros
 from t5x_audio.evaluation import summary
 from t5x_audio.training import checkpoints
@@ -64,20 +62,6 @@ def _random(shape: tuple[int, ...]) -> PartwiseArray:
     return PartwiseArray(shape, np.dtype(ml_dtypes.bfloat16), rows, read)
 
 
-def run(*words: str) -> tuple[float, float]:
-    """(seconds, GB of memory at the most) of a Python process."""
-    begun, most = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, *words])
-    while process.poll() is None:
-        status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
-        if found := re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE):
-            most = max(most, int(found[1]))
-        time.sleep(0.02)
-    if process.returncode:
-        sys.exit(process.returncode)
-    return time.perf_counter() - begun, most * 1024 / 1e9
-
-
 def size_of(folder: pathlib.Path) -> float:
     """GB on the disk."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
@@ -99,8 +83,8 @@ def main() -> None:
     for bits in flags.bits:
         packed = flags.folder / f"{bits}bit"
         words = f"-m t5x_audio.quantize --source={source} --model_dir={packed} --bits={bits}"
-        made = run(*words.split(), f"--group={flags.group}")
-        loaded = run("-c", LOAD, str(packed))
+        made = run_python(*words.split(), f"--group={flags.group}")
+        loaded = run_python("-c", LOAD, str(packed))
         figures = (f"{made[0]:.0f}", f"{made[1]:.2f}", f"{loaded[0]:.0f}", f"{loaded[1]:.2f}")
         rows.append((f"{bits} bits", f"{size_of(packed):.2f}", *figures))
         print(*rows[-1], sep=" | ", flush=True)

@@ -100,7 +100,7 @@ def run_stack(layers: nnx.Module, call, x: jax.Array, inputs=None) -> jax.Array:
 
 
 def scan_stack(layers: nnx.Module, call, x: jax.Array, inputs=None):
-    """x, output -> call(layer, x, inputs[i]) for each layer in turn, by one scan.
+    """(x, output) = call(layer, x, inputs[i]) for each layer in turn, by one scan.
 
     What the layers sow (`nnx.Intermediate`) comes out stacked, here as in the other scans.
 
