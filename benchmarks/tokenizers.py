@@ -244,7 +244,12 @@ def row(race: Race, repeats: int) -> tuple[str, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", type=int, default=8, help="recordings of a batch, of about 4 s")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=16,
+        help="recordings of about 4 s; 16 are a batch of a corpus job",
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/results"))
     flags = parser.parse_args()
