@@ -22,6 +22,7 @@ import sys
 # The project is run from its tree; it is not installed in the environments.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from benchmarks import bit_chart
 from t5x_audio.evaluation import curves, summary
 from t5x_audio.evaluation.linear_probe import BIT_PAIRS, bit_name
 from t5x_audio.evaluation.report import Table
@@ -33,7 +34,6 @@ METHODS = {
     "simsiam_2x": ("SimSiam, same compute", 2, "@siamese.Siamese()"),
 }
 BITS = tuple(bit_name(pair) for pair in BIT_PAIRS)
-COLOURS = {"ssql": "#2159b8", "simsiam": "#d5691b", "simsiam_2x": "#7a8b2a"}
 
 
 def train(flags, method: str, seed: int) -> pathlib.Path:
@@ -61,18 +61,12 @@ def _run(job: str, arguments: list[str]) -> None:
         sys.exit(done.returncode)
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    """(mean, standard deviation over seeds), in percent."""
-    percent = [100.0 * value for value in values]
-    return statistics.mean(percent), statistics.stdev(percent) if len(percent) > 1 else 0.0
-
-
 def accuracies(directories: dict) -> dict[str, dict[str, tuple[float, float]]]:
     """{method: {'W4A4': (mean, standard deviation)}}."""
     found = {}
     for method, places in directories.items():
         probes = [json.loads((place / "probe.json").read_text()) for place in places]
-        found[method] = {bits: spread([probe[bits] for probe in probes]) for bits in BITS}
+        found[method] = {bits: bit_chart.spread([probe[bits] for probe in probes]) for bits in BITS}
     return found
 
 
@@ -82,45 +76,6 @@ def theory(place: pathlib.Path) -> list[curves.Series]:
     lines = [line for line in lines if "error_cosine" in line]
     steps, values = zip(*((line["step"], line["error_cosine"]) for line in lines), strict=True)
     return [curves.Series("train", steps, values)]
-
-
-def draw(found) -> str:
-    """Accuracy over bits as SVG, with bars of one standard deviation."""
-    width, height, left, top = 520, 260, 40, 24
-    shown = [(m + s, m - s) for rows in found.values() for m, s in rows.values()]
-    high, low = max(one[0] for one in shown) + 1.0, min(one[1] for one in shown) - 1.0
-
-    def place(index, value):
-        x = left + 20 + index * (width - left - 40) / (len(BITS) - 1)
-        return x, top + (high - value) * (height - top - 30) / (high - low)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'style="background:#fff;font:11px system-ui,sans-serif">',
-        f'<text x="{left}" y="14">linear probe, top-1 in percent</text>',
-    ]
-    for step in range(5):
-        value = low + (high - low) * step / 4
-        y = place(0, value)[1]
-        parts.append(f'<path d="M{left} {y:.1f}H{width}" stroke="#e5e5e5"/>')
-        parts.append(f'<text x="4" y="{y + 4:.1f}">{value:.1f}</text>')
-    for index, bits in enumerate(BITS):
-        x = place(index, low)[0]
-        parts.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{bits}</text>')
-    for number, (method, rows) in enumerate(found.items()):
-        colour = COLOURS[method]
-        points = [(*place(i, rows[bits][0]), rows[bits]) for i, bits in enumerate(BITS)]
-        line = "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in points)
-        parts.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for index, (x, _, (mean, deviation)) in enumerate(points):
-            ends = (place(index, mean + sign * deviation)[1] for sign in (1, -1))
-            first, last = (f"{y:.1f}" for y in ends)
-            parts.append(f'<path d="M{x:.1f} {first}V{last}" stroke="{colour}"/>')
-        parts.append(
-            f'<text x="{width - 150}" y="{top + 14 * number}" fill="{colour}">'
-            f"{METHODS[method][0]}</text>"
-        )
-    return "\n".join((*parts, "</svg>")) + "\n"
 
 
 def page(flags, found, directories) -> str:
@@ -175,7 +130,9 @@ def main() -> None:
         for seed, place in zip(flags.seeds, directories["ssql"], strict=True)
     ]
     flags.output.mkdir(parents=True, exist_ok=True)
-    (flags.output / "ssql.svg").write_text(draw(found))
+    lines = {METHODS[method][0]: rows for method, rows in found.items()}
+    chart = bit_chart.draw(lines, "linear probe, top-1 in percent")
+    (flags.output / "ssql.svg").write_text(chart)
     (flags.output / "ssql_theory.svg").write_text(summary.draw_charts(charts))
     (flags.output / "ssql.md").write_text(page(flags, found, directories).rstrip() + "\n")
     for method, rows in found.items():

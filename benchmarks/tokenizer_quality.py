@@ -30,8 +30,8 @@ from t5x_audio.audio import augment
 from t5x_audio.data import manifests
 from t5x_audio.data.recordings import Limits
 from t5x_audio.evaluation import summary
+from t5x_audio.evaluation.quantized_speech import QuantizedSpeech
 from t5x_audio.evaluation.token_agreement import token_agreement
-from t5x_audio.objectives.masked_ssql import linguistic_rules, semantic_rules
 from t5x_audio.tokenizers import dual_codebook
 
 STREAMS = ("linguistic", "semantic")
@@ -143,24 +143,15 @@ def segment_table(tokenizer, waveforms, clean) -> summary.Table:
 
 def quantised_table(tokenizer, waveforms, calibration) -> summary.Table:
     rows = []
-    for name, rules in (("linguistic", linguistic_rules("")), ("semantic", semantic_rules(""))):
-        model = getattr(tokenizer, name)
-        found = token_agreement(model, rules, padded(calibration), padded(waveforms), BITS)
+    for name in STREAMS:
+        speech = QuantizedSpeech(getattr(tokenizer, name), calibration)
+        found = token_agreement(speech, waveforms, BITS)
         errors = [percent(1.0 - one["agreement"]) for one in found]
         rows.append((name, "token error", *errors))
         usage = [percent(one["usage"] / one["plain_usage"]) for one in found]
         rows.append((name, "usage, of the plain encoder's", *usage))
     columns = ("codes", "", *(f"W{weights}A{activations}" for weights, activations in BITS))
     return summary.Table("Quantised encoders, held-out recordings", columns, tuple(rows))
-
-
-def padded(waveforms, seconds: float = 30.0):
-    """Batches of one recording each, of one length; what is longer is cut."""
-    size = round(16000 * seconds)
-    for samples in waveforms:
-        samples = samples[:size]
-        audio = np.pad(samples, (0, size - len(samples)))[None].astype(np.float32)
-        yield audio, np.array([len(samples)], np.int32)
 
 
 def main() -> None:

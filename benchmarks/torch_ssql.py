@@ -121,7 +121,7 @@ class Encoder(nn.Module):
     def __init__(self, config, mode):
         super().__init__()
         n_in = config.channels[0]
-        self.stem = Unit(mode, 3, n_in, 3, bits=8)
+        self.stem = Unit(mode, 3, n_in, 3, config.stem_stride, bits=8)
         self.stages = nn.ModuleList()
         for stage, (count, channels) in enumerate(zip(config.blocks, config.channels, strict=True)):
             blocks = nn.ModuleList()

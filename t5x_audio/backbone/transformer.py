@@ -32,6 +32,7 @@ from t5x_audio.backbone import context_parallel, kv_cache, remat, rope
 from t5x_audio.backbone.alibi import alibi_slopes, interpolate_slopes
 from t5x_audio.backbone.attention import attention
 from t5x_audio.backbone.feed_forward import dense, swiglu
+from t5x_audio.backbone.integer_product import Integers, integer_product
 from t5x_audio.backbone.kv_cache import KVCache
 from t5x_audio.backbone.mesh import (
     BATCH_AXES,
@@ -141,10 +142,25 @@ def _laid_out(x, cache):
     return constrain(x, BATCH_AXES, SEQUENCE_AXIS) if cache is None else constrain(x, STREAM_AXES)
 
 
+def _served(x, module, name: str, dtype):
+    """x [..., I] by a weight in a form of its own for decoding -> [..., O]; None if it has none.
+
+    Sums are of `dtype`. See decoding_weights.py and `quantization/packed_model.py`.
+    """
+    weight = getattr(module, name)
+    if isinstance(weight, Integers):
+        return integer_product(x.astype(dtype), weight[...], getattr(module, f"{name}_scale")[...])
+    if isinstance(weight, ByOutput):
+        return dense_by_output(x, weight[...], dtype)
+    if hasattr(weight, "times"):  # packed integers, which unpack themselves
+        return weight.times(x.astype(dtype))
+    return None
+
+
 def _scaled(product, module, name: str):
     """`product` times the scales of the outputs, where the weight is int8 (decoding_weights.py)."""
     scale = getattr(module, f"{name}_scale", None)
-    if scale is None:
+    if scale is None or isinstance(getattr(module, name), Integers):
         return product
     return (product.astype(jnp.float32) * scale[...].reshape(-1)).astype(product.dtype)
 
@@ -224,11 +240,9 @@ class Layer(nnx.Module):
 
     def _product(self, x, name: str, layout):
         """[..., I] -> [..., O] by the weight of that name."""
-        weight = getattr(self, name)
-        if isinstance(weight, ByOutput):
-            product = dense_by_output(x, weight[...])
-        else:
-            product = dense(x, weight[...].reshape(x.shape[-1], -1), layout)
+        product = _served(x, self, name, x.dtype)
+        if product is None:
+            product = dense(x, getattr(self, name)[...].reshape(x.shape[-1], -1), layout)
         return _scaled(product, self, name)
 
     def _project(self, x, name: str, layout):
@@ -321,11 +335,11 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., embed] of `hidden` -> float32[..., vocab_size]."""
-        weight = self.embedding if self.config.tied_head else self.head
-        if self.config.tied_head or isinstance(weight, ByOutput):
-            logits = dense_by_output(hidden, weight[...], jnp.float32)
-        else:
-            kernel = weight[...].astype(hidden.dtype)
+        if self.config.tied_head:
+            return dense_by_output(hidden, self.embedding[...], jnp.float32)
+        logits = _served(hidden, self, "head", jnp.float32)
+        if logits is None:
+            kernel = self.head[...].astype(hidden.dtype)
             logits = jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
         return _scaled(logits, self, "head")
 

@@ -190,7 +190,7 @@ class AudioBatches(_Batches):
           UserError: no clips, or no such units.
         """
         self.max_eval_batches = max_eval_batches
-        self._encode_text = _text_encoder(units, run_dir)
+        self._encode_text = text_encoder(units, run_dir)
         self._directories, self._roles = corpora_of(run_dir, corpora), roles
         self._speeds = np.asarray(speeds, np.float64)
         self._shape = (bucket_seconds, batch_seconds, rows_multiple_of, seed)
@@ -237,7 +237,7 @@ class AudioBatches(_Batches):
         return audio | _pad_ids(texts, width, "text")
 
 
-def _text_encoder(units: str | None, run_dir: str) -> Callable[[str], np.ndarray] | None:
+def text_encoder(units: str | None, run_dir: str) -> Callable[[str], np.ndarray] | None:
     """Text -> ids int32 [U]; 0, the blank of CTC, is none of them. None without units."""
     if units is None:
         return None

@@ -1,4 +1,4 @@
-"""ResNets for small images: 3 x 3 stem without stride or pooling, then stages of residual blocks.
+"""ResNets for small images: 3 x 3 stem without pooling, then stages of residual blocks.
 
 Source: He et al., "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), with the stem
 that CIFAR takes; the defaults are ResNet-18. The last norm of a block starts at zero (arXiv
@@ -33,11 +33,13 @@ class ResnetConfig:
       blocks: of each stage; every stage but the first halves the image.
       channels: of each stage, before the expansion of a bottleneck.
       bottleneck: blocks of 1 x 1, 3 x 3 and 1 x 1 instead of two 3 x 3.
+      stem_stride: 1 as CIFAR takes it; with 2 a step costs a quarter.
     """
 
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     channels: tuple[int, ...] = (64, 128, 256, 512)
     bottleneck: bool = False
+    stem_stride: int = 1
 
     def __post_init__(self):
         if len(self.blocks) != len(self.channels) or min(self.blocks, default=0) < 1:
@@ -145,7 +147,7 @@ class Resnet(nnx.Module):
         """Builds the network of `config`."""
         self.config = config
         n_in = config.channels[0]
-        self.stem = Unit(3, n_in, 3, rngs=rngs)
+        self.stem = Unit(3, n_in, 3, config.stem_stride, rngs=rngs)
         stages = []
         for stage, (count, channels) in enumerate(zip(config.blocks, config.channels, strict=True)):
             blocks = []

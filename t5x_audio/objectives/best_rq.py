@@ -12,9 +12,9 @@ Choices:
   in seven, which stays visible at the ends of a span.
 - Labels are of the recording as it is; added noise and SpecAugment reach the encoder's input only,
   which makes it a denoising task too, as in WavLM (arXiv 2110.13900).
-- Three steps, each pure but for the tokenizer's feature statistics: `BestRq.prepare` says what is
-  to be predicted from what, `predict` is one forward with its loss. An objective that predicts the
-  same labels by several versions of the encoder, such as a quantised one, calls `predict` for each.
+- `prepare` says what is to be predicted from what, `predict` is one forward with its loss; both are
+  pure but for the tokenizer's feature statistics. An objective that predicts the same labels by
+  several versions of the encoder, such as a quantised one, calls `predict` for each.
 - Draws are made place by place, so that more padding changes none.
 """
 
@@ -88,9 +88,7 @@ class BestRq:
         Returns:
           (mean cross-entropy at the hidden places, metrics).
         """
-        prepared = self.prepare(model, batch, rng, train)
-        loss, metrics, _ = predict(model, prepared)
-        return loss, metrics | label_metrics(prepared, model.config.num_labels)
+        return self.predict(model, self.prepare(model, batch, rng, train), train)[:2]
 
     def prepare(self, model, batch, rng: jax.Array, train: bool) -> MaskedBatch:
         """What is to be predicted from what; arguments as of a call."""
@@ -114,29 +112,33 @@ class BestRq:
         start = 1.0 - (1.0 - self.start_probability) ** frames
         return start, max(1, math.floor(self.span_seconds * frame_rate + 0.5))
 
+    def predict(self, model, prepared: MaskedBatch, train: bool, first: bool = True):
+        """One forward: the loss of the hidden labels.
 
-def predict(model, prepared: MaskedBatch):
-    """One forward: the loss of the hidden labels.
+        Args:
+          model: a `MaskedPrediction`, or any with its `hidden` and `head_kernel`.
+          prepared: see `prepare`.
+          train: without effect.
+          first: False = another forward of the same batch, whose own metrics are known.
 
-    Args:
-      model: a `MaskedPrediction`, or any with its `hidden` and `head_kernel`.
-      prepared: see `BestRq.prepare`.
-
-    Returns:
-      (mean cross-entropy [] over hidden places, metrics 'masked_loss' and 'masked_accuracy', the
-      features [B, M, width] that the head took).
-    """
-    hidden = model.hidden(prepared.features, prepared.lengths)
-    weights = prepared.hidden.astype(jnp.float32)
-    count = jnp.sum(weights)
-    share = weights / jnp.maximum(count, 1.0)
-    kernel = model.head_kernel[...].astype(hidden.dtype)
-    loss, (losses, correct) = cross_entropy(hidden, kernel, prepared.labels, share)
-    metrics = {
-        "masked_loss": (jnp.sum(losses * weights), count),
-        "masked_accuracy": (jnp.sum(correct * weights), count),
-    }
-    return loss, metrics, hidden
+        Returns:
+          (mean cross-entropy [] over hidden places, metrics 'masked_loss' and 'masked_accuracy',
+          the features [B, M, width] that the head took, which of them count, bool [B, M]).
+        """
+        del train
+        hidden = model.hidden(prepared.features, prepared.lengths)
+        weights = prepared.hidden.astype(jnp.float32)
+        count = jnp.sum(weights)
+        share = weights / jnp.maximum(count, 1.0)
+        kernel = model.head_kernel[...].astype(hidden.dtype)
+        loss, (losses, correct) = cross_entropy(hidden, kernel, prepared.labels, share)
+        metrics = {
+            "masked_loss": (jnp.sum(losses * weights), count),
+            "masked_accuracy": (jnp.sum(correct * weights), count),
+        }
+        if first:
+            metrics |= label_metrics(prepared, model.config.num_labels)
+        return loss, metrics, hidden, prepared.valid
 
 
 def span_mask(rng, lengths, size: int, start: float, span: int) -> jax.Array:

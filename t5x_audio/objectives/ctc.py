@@ -13,13 +13,32 @@ edit distance, computed in the compiled evaluation.
 
 import dataclasses
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from t5x_audio.objectives.augmentation import Noise, SpecAugment, encoder_features
+from t5x_audio.tokenizers.semantic import valid_frames
 
 BLANK = 0
+
+
+@flax.struct.dataclass
+class SpokenBatch:
+    """What the encoder takes, and what was said.
+
+    Attributes:
+      features: [B, N, D].
+      lengths: int32 [B], true frames of it.
+      text: the batch's text_ids int32 [B, U] and text_lengths int32 [B].
+      rng: of the codebook.
+    """
+
+    features: jax.Array
+    lengths: jax.Array
+    text: dict[str, jax.Array]
+    rng: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +64,19 @@ class LinguisticCtc:
         Returns:
           (mean loss per text unit, metrics).
         """
-        features, lengths = encoder_features(
-            model, batch, rng, train, self.noise, self.spec_augment
-        )
-        hidden, lengths = model.hidden(features, lengths)
-        return ctc(model.logits(hidden, lengths), lengths, batch, with_errors=not train)
+        return self.predict(model, self.prepare(model, batch, rng, train), train)[:2]
+
+    def prepare(self, model, batch, rng: jax.Array, train: bool) -> SpokenBatch:
+        """What the encoder takes and what was said; arguments as of a call."""
+        return _prepared(self, model, batch, rng, rng, train)
+
+    def predict(self, model, prepared: SpokenBatch, train: bool, first: bool = True):
+        """One forward: (loss, metrics, features [B, M, D], which count: bool [B, M])."""
+        del first
+        hidden, lengths = model.hidden(prepared.features, prepared.lengths)
+        logits = model.logits(hidden, lengths)
+        loss, metrics = ctc(logits, lengths, prepared.text, with_errors=not train)
+        return loss, metrics, hidden, valid_frames(lengths, hidden.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +94,32 @@ class SemanticCtc:
 
     def __call__(self, model, batch, rng: jax.Array, train: bool):
         """As `LinguisticCtc`, for a `SemanticTokenizer`; with metrics of the codebook."""
-        augment_rng, revival_rng = jax.random.split(rng)
-        features, lengths = encoder_features(
-            model, batch, augment_rng, train, self.noise, self.spec_augment
-        )
-        hidden, lengths = model.hidden(features, lengths)
-        valid = jnp.arange(hidden.shape[1]) < lengths[:, None]
+        return self.predict(model, self.prepare(model, batch, rng, train), train)[:2]
+
+    def prepare(self, model, batch, rng: jax.Array, train: bool) -> SpokenBatch:
+        """As `LinguisticCtc.prepare`."""
+        return _prepared(self, model, batch, *jax.random.split(rng), train)
+
+    def predict(self, model, prepared: SpokenBatch, train: bool, first: bool = True):
+        """As `LinguisticCtc.predict`; the codebook learns from the first forward of a batch."""
+        hidden, lengths = model.hidden(prepared.features, prepared.lengths)
+        valid = valid_frames(lengths, hidden.shape[1])
         # No pull towards codes that the network does not use yet.
         weight = self.commitment_weight * model.quantizer.share_quantised()
-        quantised, codes, commitment = model.quantizer(hidden, valid, revival_rng, train)
-        loss, metrics = ctc(model.logits(quantised, lengths), lengths, batch, with_errors=not train)
+        quantised, codes, commitment = model.quantizer(hidden, valid, prepared.rng, train, first)
+        logits = model.logits(quantised, lengths)
+        loss, metrics = ctc(logits, lengths, prepared.text, with_errors=not train)
         metrics |= codebook_metrics(codes, valid, model.config.codebook_size)
         metrics["commitment"] = (commitment, jnp.float32(1))
-        return loss + weight * commitment, metrics
+        return loss + weight * commitment, metrics, hidden, valid
+
+
+def _prepared(objective, model, batch, augment_rng, codebook_rng, train: bool) -> SpokenBatch:
+    features, lengths = encoder_features(
+        model, batch, augment_rng, train, objective.noise, objective.spec_augment
+    )
+    text = {name: batch[name] for name in ("text_ids", "text_lengths")}
+    return SpokenBatch(features, lengths, text, codebook_rng)
 
 
 def ctc(logits: jax.Array, lengths: jax.Array, batch, with_errors: bool):

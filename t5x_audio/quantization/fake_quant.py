@@ -1,4 +1,4 @@
-"""Uniform fake quantisation: what integers of b bits would keep of an array, in float32.
+"""Uniform fake quantisation: what integers of b bits would keep of an array, in float32 or wider.
 
 Weights are symmetric with a scale for each output channel, activations asymmetric with one range a
 tensor. Source: SSQL (Cao et al., "Synergistic Self-supervised and Quantization Learning", arXiv
@@ -43,15 +43,17 @@ def quantize_weight(weight: jax.Array, bits, channel_axes: tuple[int, ...] = (-1
     """
     kept = {axis % weight.ndim for axis in channel_axes}
     others = tuple(axis for axis in range(weight.ndim) if axis not in kept)
-    half = 0.5 * _two_to(bits)
-    wide = weight.astype(jnp.float32)
+    wide = weight.astype(wide_type(weight))
+    half = 0.5 * _two_to(bits, wide.dtype)
     size = jnp.abs(jax.lax.stop_gradient(wide))
     largest = jnp.max(size, axis=others, keepdims=True)
     scale = largest / (half - 0.5)
     # The largest weight is a tie of the rounding: exact, however XLA divides.
     steps = jnp.where(size < largest, size / _divisor(scale), half - 0.5)
     steps = jnp.where(jax.lax.stop_gradient(wide) < 0.0, -steps, steps)
-    return _rounded(wide, steps, scale, jnp.float32(0.0), -half, half - 1.0).astype(weight.dtype)
+    return _rounded(wide, steps, scale, jnp.zeros_like(half), -half, half - 1.0).astype(
+        weight.dtype
+    )
 
 
 def quantize_activation(x: jax.Array, bounds: jax.Array, bits) -> jax.Array:
@@ -65,17 +67,22 @@ def quantize_activation(x: jax.Array, bounds: jax.Array, bits) -> jax.Array:
     Returns:
       The type and shape of `x`.
     """
-    levels = _two_to(bits) - 1.0
-    low, high = jax.lax.stop_gradient(bounds.astype(jnp.float32))
+    wide = x.astype(wide_type(x))
+    levels = _two_to(bits, wide.dtype) - 1.0
+    low, high = jax.lax.stop_gradient(bounds.astype(wide.dtype))
     scale = (high - low) / levels
     zero = -jnp.round(low / _divisor(scale))
-    wide = x.astype(jnp.float32)
     steps = jax.lax.stop_gradient(wide) / _divisor(scale)
-    return _rounded(wide, steps, scale, zero, jnp.float32(0.0), levels).astype(x.dtype)
+    return _rounded(wide, steps, scale, zero, jnp.zeros_like(levels), levels).astype(x.dtype)
 
 
-def _two_to(bits) -> jax.Array:
-    return jnp.round(jnp.exp2(jnp.asarray(bits, jnp.float32)))  # exp2 is not exact everywhere
+def wide_type(x: jax.Array) -> jnp.dtype:
+    """In which `x` is rounded: float32, or float64 where it is float64."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _two_to(bits, dtype) -> jax.Array:
+    return jnp.round(jnp.exp2(jnp.asarray(bits, dtype)))  # exp2 is not exact everywhere
 
 
 def _divisor(scale):

@@ -44,6 +44,15 @@ class PackedParam(nnx.Param):
         weight = unpack(packed).reshape(*packed.packed.shape[:-2], *self.get_metadata("tail"))
         return weight if key is ... else weight[key]
 
+    def times(self, x: jax.Array) -> jax.Array:
+        """x [..., inputs] times the matrix, its axes joined to [inputs, outputs], in x's type.
+
+        It is unpacked for every product anew: the compiler may not do it once for all tokens, which
+        would take the memory of the whole weights.
+        """
+        x, packed = jax.lax.optimization_barrier((x, self.get_raw_value()))
+        return jnp.einsum("...i,io->...o", x, unpack(packed, x.dtype))
+
 
 @dataclasses.dataclass(frozen=True)
 class PackedConfig:

@@ -52,7 +52,7 @@ def observing(model: nnx.Module, rules: Rules) -> Iterator[Ranges]:
     """
     outputs = find(model, rules)[1]
     ranges: Ranges = {}
-    start = jnp.array([jnp.inf, -jnp.inf], jnp.float32)
+    start = jnp.array([jnp.inf, -jnp.inf], float)  # float32, or 64 where that is enabled
     with _exchanged(outputs, _observer):
         for output in outputs.values():
             output.module.quantizer_seen = Seen(jnp.broadcast_to(start, (*output.stack, 2)))
@@ -198,7 +198,7 @@ def _observer(kind: type[nnx.Module]) -> type[nnx.Module]:
 
     def call(self, *args, **kwargs):
         def note(x):
-            wide = jax.lax.stop_gradient(x).astype(jnp.float32)
+            wide = jax.lax.stop_gradient(x).astype(fake_quant.wide_type(x))
             seen = jnp.stack([jnp.min(wide), jnp.max(wide)])
             self.quantizer_seen[...] = joined(self.quantizer_seen[...], seen)
             return x

@@ -53,8 +53,8 @@ class VectorQuantizer(nnx.Module):
         """Features [..., D] -> codes int32 [...]."""
         return kmeans.nearest(normalize(features), self.codes[...])
 
-    def __call__(self, features, valid, rng=None, train: bool = False):
-        """Quantises with a straight-through gradient, and learns when `train`.
+    def __call__(self, features, valid, rng=None, train: bool = False, learn: bool = True):
+        """Quantises with a straight-through gradient, and learns when `train` and `learn`.
 
         Args:
           features: [B, T, D].
@@ -62,6 +62,7 @@ class VectorQuantizer(nnx.Module):
           rng: for the revival of dead codes and the warm-up; needed when `train`.
           train: update the codebook from this batch; during the warm-up leave some utterances
             as they are.
+          learn: False = even so the codebook stays, such as in a further forward of one batch.
 
         Returns:
           (quantised float32 [B, T, D] of unit length, codes int32 [B, T], commitment []: the mean
@@ -70,11 +71,12 @@ class VectorQuantizer(nnx.Module):
         features = normalize(features)
         if train:
             rng, mask_rng = jax.random.split(rng)
+        if train and learn:
             # First revive, then quantise: even the first batch meets codes that fit it.
             self._revive(features, valid, rng)
         codes = kmeans.nearest(jax.lax.stop_gradient(features), self.codes[...])
         chosen = jnp.take(self.codes[...], codes, axis=0)
-        if train:
+        if train and learn:
             self._follow(jax.lax.stop_gradient(features), codes, valid)
         distance = jnp.sum(jnp.square(features - jax.lax.stop_gradient(chosen)), axis=-1)
         weight = valid.astype(jnp.float32)
@@ -83,6 +85,7 @@ class VectorQuantizer(nnx.Module):
         if train:
             passed = jax.random.uniform(mask_rng, (len(features), 1, 1)) >= self.share_quantised()
             quantised = jnp.where(passed, features, quantised)
+        if train and learn:
             self.steps[...] = self.steps[...] + 1
         return quantised, codes, commitment
 

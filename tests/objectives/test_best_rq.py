@@ -109,7 +109,10 @@ def prepare(model, batch, seed, train=False, objective=AUGMENTED):
     return objective.prepare(model, batch, jax.random.key(seed), train)
 
 
-predict = nnx.jit(best_rq.predict)
+@nnx.jit
+def predict(model, prepared):
+    loss, metrics, _, _ = AUGMENTED.predict(model, prepared, train=False)
+    return loss, metrics
 
 
 @nnx.jit
@@ -121,7 +124,7 @@ def evaluate(model, batch):
 def test_only_hidden_places_count(model):
     prepared = prepare(model, batch(), 1)
     assert prepared.hidden.any() and not (prepared.hidden & ~prepared.valid).any()
-    loss, metrics, _ = predict(model, prepared)
+    loss, metrics = predict(model, prepared)
     elsewhere = jnp.where(prepared.hidden, prepared.labels, (prepared.labels + 3) % 8)
     same = predict(model, prepared.replace(labels=elsewhere))[0]
     assert float(loss) == float(same)

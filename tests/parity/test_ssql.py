@@ -17,7 +17,7 @@ from t5x_audio.training.learner import GradientLearner
 from t5x_audio.training.optimizers import Sgd
 
 ENCODERS = {
-    "basic": ResnetConfig((1, 1), (8, 12)),
+    "basic": ResnetConfig((1, 1), (8, 12), stem_stride=2),
     "bottleneck": ResnetConfig((1, 1), (4, 6), bottleneck=True),
 }
 
@@ -62,6 +62,12 @@ def test_quantisers(bits):
     ("name", "bits"), [("basic", (4, 5)), ("basic", None), ("bottleneck", (2, 8))]
 )
 def test_a_whole_step(name, bits):
+    """In float64: in float32 one of ten thousand roundings falls to the other side now and then."""
+    with jax.enable_x64(True):
+        compare_steps(name, bits)
+
+
+def compare_steps(name, bits):
     config = SiameseConfig(ENCODERS[name], (16, 16, 16), predictor=8)
     objective = GivenViews()
     if bits:
@@ -71,9 +77,9 @@ def test_a_whole_step(name, bits):
     rng = np.random.default_rng(0)
     # Gains away from their start, which holds some gradients at 0.
     params = jax.tree.map(
-        lambda a: a + 0.1 * rng.standard_normal(a.shape).astype(np.float32), state.params["model"]
+        lambda a: np.float64(a) + 0.1 * rng.standard_normal(a.shape), state.params["model"]
     )
-    views = rng.standard_normal((2, 8, 12, 12, 3)).astype(np.float32)
+    views = rng.standard_normal((2, 8, 12, 12, 3))
     batch = {"first": views[0], "second": views[1]}
 
     @jax.jit
@@ -83,15 +89,16 @@ def test_a_whole_step(name, bits):
         )
 
     (loss, _), grads = gradients(params)
-    peer = torch_ssql.SimSiam(config)
+    peer = torch_ssql.SimSiam(config).double()
     torch_ssql.load(peer, {n: np.asarray(a) for n, a in named_arrays(params).items()})
     their_loss = peer.loss(*(torch.tensor(v).permute(0, 3, 1, 2) for v in views), bits)
     their_loss.backward()
-    assert abs(float(loss) - their_loss.item()) < 1e-5
+    assert abs(float(loss) - their_loss.item()) < 1e-6
     theirs = {n: p.grad.numpy() for n, p in peer.named_parameters()}
     largest = 0.0
     for path, ours in named_arrays(grads).items():
+        assert ours.dtype == np.float64
         got = torch_ssql.to_torch(path, np.asarray(ours))
         largest = max(largest, np.abs(got).max())
-        np.testing.assert_allclose(got, theirs[torch_ssql.torch_name(path)], atol=1e-4)
+        np.testing.assert_allclose(got, theirs[torch_ssql.torch_name(path)], atol=1e-6)
     assert largest > 1e-2

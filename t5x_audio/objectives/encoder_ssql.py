@@ -1,13 +1,15 @@
-"""Masked prediction that survives quantisation: SSQL carried over to the encoders of speech.
+"""Encoders of speech that survive quantisation: SSQL carried over to what trains the tokenizers.
 
-The same weights predict the same hidden labels twice, as they are and quantised to bits drawn anew;
-besides, the features of the quantised forward are drawn to those of the plain one. After SSQL (Cao
-et al., arXiv 2207.05432) and BEST-RQ (Chiu et al., arXiv 2202.01855); nobody has published the two
-together.
+The same weights solve the same task twice, as they are and quantised to bits drawn anew; besides,
+the features of the quantised forward are drawn to those of the plain one. The task is masked
+prediction (`best_rq.BestRq`) or recognition (`ctc.LinguisticCtc`, `ctc.SemanticCtc`). After SSQL
+(Cao et al., arXiv 2207.05432); nobody has published it for either.
 
 Choices:
-- Both branches see the same input and spans: what differs is the quantisation alone. In SSQL the
-  two views make the features agree; here the labels do, and the agreement term works directly.
+- Both branches see the same input, spans and augmentation: what differs is the quantisation alone.
+  In SSQL the two views make the features agree; here the labels do, and the agreement term works
+  directly. It is what a tokenizer is quantised for: codes are places in the space of its features.
+- A codebook inside of the network follows the plain features alone.
 - Agreement is the mean cosine of features over all valid places, the plain ones as constants.
 - Ranges are those of the step's plain forward; bits are traced: the step compiles once.
 - The first product that a recording meets has weights of 8 bits, as SSQL's stem; norms, softmax and
@@ -15,12 +17,12 @@ Choices:
 """
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from t5x_audio.errors import UserError
-from t5x_audio.objectives.best_rq import BestRq, label_metrics, predict
 from t5x_audio.quantization.draw import draw_bits, require_bounds
 from t5x_audio.quantization.rules import Rules
 from t5x_audio.quantization.simulate import observing, quantized
@@ -53,45 +55,59 @@ def semantic_rules(place: str = "tokenizer/") -> Rules:
     )
 
 
+class EncoderTask(Protocol):
+    """An objective whose forward can be made again by another version of the same model."""
+
+    def prepare(self, model, batch, rng: jax.Array, train: bool):
+        """What is to be solved; the draws are made here."""
+
+    def predict(self, model, prepared, train: bool, first: bool = True):
+        """(loss, metrics, features [B, M, D], which of them count: bool [B, M]).
+
+        In a forward of a batch that is not the `first`, what the model learns by other means than
+        gradients stays as it is.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
-class MaskedSsql:
-    """(model, batch, rng, train) -> (loss, Metrics); model and batches are those of `BestRq`.
+class EncoderSsql:
+    """(model, batch, rng, train) -> (loss, Metrics); model and batches are those of `task`.
 
     Attributes:
       rules: what is quantised, such as `linguistic_rules`.
-      masked: the objective that is made to survive quantisation.
+      task: the objective that is made to survive quantisation.
       weight_bits, activation_bits: (fewest, most), drawn evenly.
       agreement_weight: of 1 - cosine of the features of both forwards.
     """
 
     rules: Rules
-    masked: BestRq = BestRq()
+    task: EncoderTask
     weight_bits: tuple[int, int] = (2, 8)
     activation_bits: tuple[int, int] = (4, 8)
     agreement_weight: float = 1.0
 
     def __post_init__(self):
         bounds = {name: getattr(self, name) for name in ("weight_bits", "activation_bits")}
-        require_bounds("MaskedSsql", bounds)
+        require_bounds("EncoderSsql", bounds)
         if self.agreement_weight < 0.0:
-            raise UserError(f"MaskedSsql.agreement_weight={self.agreement_weight}: give 0 or more")
+            raise UserError(f"EncoderSsql.agreement_weight={self.agreement_weight}: give 0 or more")
 
     def __call__(self, model, batch, rng: jax.Array, train: bool):
-        """See the class; `rng` draws spans, noise, augmentation and bits."""
-        prepared = self.masked.prepare(model, batch, rng, train)
+        """See the class; `rng` draws what the task draws, and bits."""
+        prepared = self.task.prepare(model, batch, rng, train)
         with observing(model, self.rules) as ranges:
-            plain_loss, metrics, plain = predict(model, prepared)
+            plain_loss, metrics, plain, valid = self.task.predict(model, prepared, train)
         bits = draw_bits(jax.random.fold_in(rng, 1), self.weight_bits, self.activation_bits)
         with quantized(model, self.rules, ranges, bits):
-            low_loss, low_metrics, low = predict(model, prepared)
-        agreement, count = _cosine(low, jax.lax.stop_gradient(plain), prepared.valid)
+            low_loss, low_metrics, low, _ = self.task.predict(model, prepared, train, first=False)
+        agreement, count = _cosine(low, jax.lax.stop_gradient(plain), valid)
         share = agreement / jnp.maximum(count, 1.0)
         loss = 0.5 * (plain_loss + low_loss) + self.agreement_weight * (1.0 - share)
         metrics |= {f"quantized_{name}": value for name, value in low_metrics.items()}
         metrics["agreement"] = (agreement, count)
         for name, value in zip(("weight_bits", "activation_bits"), bits, strict=True):
             metrics[name] = (value, jnp.float32(1.0))
-        return loss, metrics | label_metrics(prepared, model.config.num_labels)
+        return loss, metrics
 
 
 def _cosine(a, b, valid) -> tuple[jax.Array, jax.Array]:
