@@ -40,7 +40,8 @@ def run(
       temperature, top_p, max_new_tokens: of sampling; temperature 0 takes the likeliest token.
       max_seconds: longest question.
       seed: of sampling and of the vocoder's noise: the same question gives the same answer.
-      weights: how the backbone keeps them: 'float32', 'bfloat16', 'int8', or None = as it computes.
+      weights: how the backbone keeps them: 'float32', 'bfloat16', 'int8', 'w8a8' (with products of
+        integers), or None = as they are.
       cache: how it keeps keys and values: 'int8', or None = as it computes.
 
     Returns:

@@ -80,7 +80,7 @@ class Decoder:
     Args:
       model: a Transformer.
       stop_ids: tokens that end an answer.
-      weights: 'float32', 'bfloat16' or 'int8', how they are kept; None leaves them as they are.
+      weights: of `decoding_weights.KINDS`, how they are kept; None leaves them as they are.
       cache: 'int8', how keys and values are kept; None = in the model's type of computation.
     """
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from t5x_audio.backbone import decoding_weights
 from t5x_audio.backbone.decoding import Decoder, Sampling
+from t5x_audio.backbone.integer_product import integer_product
 from t5x_audio.backbone.transformer import TransformerConfig
 from t5x_audio.cpu_weights import ByOutput
 from t5x_audio.errors import UserError
@@ -30,6 +31,7 @@ def bytes_of(model):
 
 @pytest.mark.parametrize(("kind", "share", "within"), [
     (None, 1.0, 1e-6), ("float32", 1.0, 1e-6), ("bfloat16", 0.5, 2e-2), ("int8", 0.35, 6e-2),
+    ("w8a8", 0.35, 8e-2),
 ])  # fmt: skip
 def test_logits_and_size(model, kind, share, within):
     prepared = decoding_weights.prepare(model, kind)
@@ -62,15 +64,31 @@ def test_integers_compute_what_their_scaled_values_would(model):
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
-def test_a_column_of_zeros_stays_zero(model):
+@pytest.mark.parametrize("rows", [1, 5])
+def test_products_of_integers_are_exact(rows):
+    """What is rounded are the activations alone, each row by its own largest value."""
+    rng = np.random.default_rng(rows)
+    kernel, scale = rng.integers(-127, 128, (6, 24)), rng.uniform(0.01, 0.1, 6)
+    x = rng.normal(size=(rows, 24)) * 10.0 ** rng.integers(-3, 3, (rows, 1))
+    step = np.abs(x).max(1, keepdims=True) / 127.0
+    product = jax.jit(integer_product)
+    got = np.asarray(product(jnp.asarray(x, jnp.float32), jnp.int8(kernel), jnp.float32(scale)))
+    exact = x @ (kernel * scale[:, None]).T
+    bound = 0.51 * step * np.abs(kernel * scale[:, None]).sum(1)
+    assert (np.abs(got - exact) <= bound).all() and got.shape == exact.shape
+    assert product(jnp.zeros((2, 3, 24)), jnp.int8(kernel), jnp.float32(scale)).shape == (2, 3, 6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "w8a8"])
+def test_a_column_of_zeros_stays_zero(model, kind):
     model = nnx.merge(*nnx.split(model))
     model.head[...] = model.head[...].at[:, 3].set(0.0)
-    logits = decoding_weights.prepare(model, "int8")(TOKENS)
+    logits = decoding_weights.prepare(model, kind)(TOKENS)
     assert np.isfinite(logits).all() and not np.asarray(logits[..., 3]).any()
 
 
 @pytest.mark.parametrize("unstack", [True, False])
-@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("kind", [None, "int8", "w8a8"])
 def test_every_weight_names_its_axes(model, kind, unstack):
     prepared = decoding_weights.prepare(model, kind, unstack)
     is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
@@ -78,8 +96,9 @@ def test_every_weight_names_its_axes(model, kind, unstack):
         assert len(variable.get_metadata()["logical_axes"]) == variable[...].ndim
 
 
-def test_stacked_layers_are_the_same(model):
-    apart, stacked = (decoding_weights.prepare(model, "int8", unstack) for unstack in (True, False))
+@pytest.mark.parametrize("kind", ["int8", "w8a8"])
+def test_stacked_layers_are_the_same(model, kind):
+    apart, stacked = (decoding_weights.prepare(model, kind, unstack) for unstack in (True, False))
     want, got = (np.asarray(nnx.jit(lambda m: m(TOKENS))(m)) for m in (apart, stacked))
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
@@ -90,12 +109,13 @@ def test_decoders(model):
     assert Decoder(model, [], weights="float32").generate([[1, 2, 3]], **options)[0].tolist() == (
         want.tolist()
     )
-    got = Decoder(model, [], weights="int8").generate([[1, 2, 3]], **options)[0]
-    assert got.shape == want.shape and got[0] == want[0]
+    for kind in ("int8", "w8a8"):
+        got = Decoder(model, [], weights=kind).generate([[1, 2, 3]], **options)[0]
+        assert got.shape == want.shape and got[0] == want[0]
 
 
 def test_other_kinds_are_refused(model):
-    with pytest.raises(UserError, match="weights='int4': use one of float32, bfloat16, int8"):
+    with pytest.raises(UserError, match="weights='int4': use one of float32, bfloat16, int8, w8a8"):
         decoding_weights.prepare(model, "int4")
 
 

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from t5x_audio.backbone import decoding
+from t5x_audio.backbone import decoding, decoding_weights
 from t5x_audio.backbone.transformer import TransformerConfig
 from t5x_audio.errors import UserError
 from t5x_audio.quantization.fake_quant import quantize_weight
-from t5x_audio.quantization.packed_model import PackedConfig, PackedParam, packed_model
+from t5x_audio.quantization.packed_model import (
+    LANGUAGE_MODEL,
+    PackedConfig,
+    PackedParam,
+    packed_model,
+)
 from t5x_audio.quantization.rules import Rules
 from t5x_audio.quantization.simulate import quantized
 from t5x_audio.training import checkpoints
@@ -81,6 +86,22 @@ def test_a_decoder_says_what_the_rounded_weights_say():
     ]
     for one, other in zip(*said, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("unstack", [True, False])
+def test_a_decoder_keeps_packed_weights_packed(unstack):
+    """Unless another kind is asked for, which unpacks them, an embedding too."""
+    config = PackedConfig(BACKBONE, 4, rules=LANGUAGE_MODEL)
+    model = packed_model(BACKBONE.make(nnx.Rngs(0)), config)
+    tokens = np.random.default_rng(0).integers(0, 32, (2, 5))
+    want = np.asarray(nnx.jit(lambda m: m(tokens))(model))
+    for kind, within in ((None, 1e-5), ("float32", 1e-5), ("bfloat16", 3e-2), ("w8a8", 5e-2)):
+        prepared = decoding_weights.prepare(model, kind, unstack)
+        got = np.asarray(nnx.jit(lambda m: m(tokens))(prepared))
+        assert np.abs(got - want).max() <= within * np.abs(want).max()
+        layer = prepared.layers[0] if unstack else prepared.layers
+        assert isinstance(layer.query, PackedParam) == (kind is None)
+        assert isinstance(prepared.embedding, PackedParam) == (kind is None)
 
 
 def test_attention_of_the_backbone_keeps_its_heads():
