@@ -5,7 +5,8 @@
 
 Codes to mel (10 Euler steps with guidance) and mel to samples, without prompt, weights random and
 the same on both sides, read from the same files; mels and waveforms must agree, else nothing is
-reported. Each side is a process of its own on the same cores, and they take turns, call by call.
+reported. Each side is a process of its own on the same cores, and they take turns, call by call;
+both are started several times, since two starts of the same program can differ by a quarter.
 Our programs are compiled for the length beforehand. The published code takes one utterance at a
 time, so a batch is several calls of it. Memory is the highest resident set of a process during the
 timed calls, weights and libraries included.
@@ -322,27 +323,35 @@ def race(flags, name: str) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]
     """Rows of both tables for one variant."""
     variant = VARIANTS[name]
     stages = [stage for stage in available(variant) if stage in flags.stages.split(",")]
-    rows, streams = [], []
+    cases = list(map(_seconds_and_rows, flags.cases))
+    found = {case: {side: {stage: [] for stage in stages} for side in SIDES} for case in cases}
+    flops, streams = {}, []
     with tempfile.TemporaryDirectory() as folder:
-        sides = {side: Side(side, flags, name, stages, folder) for side in SIDES[::-1]}
-        for case in map(_seconds_and_rows, flags.cases):
-            print(f"{variant.name}: {case[1]} x {case[0]:g} s", file=sys.stderr, flush=True)
-            flops = {side: one.ask(do="prepare", case=case) for side, one in sides.items()}
-            _require_agreement(pathlib.Path(folder), stages, variant)
-            found = {side: {stage: [] for stage in stages} for side in SIDES}
-            for number in range(flags.repeats):
-                for side in SIDES if number % 2 else SIDES[::-1]:
-                    for stage in stages:
-                        found[side][stage].append(sides[side].ask(do="run", stage=stage))
-            for row in table_rows(variant, case, found, flops["ours"]["flops"]):
-                rows.append(row)
-                print(*row, sep=" | ", flush=True)
-        if len(stages) == len(STAGES):
-            made = sides["ours"].ask(do="stream", case=_seconds_and_rows(flags.cases[0]))
-            streams.append(stream_row(variant, made))
-        for side in sides.values():
-            side.close()
+        for _ in range(flags.starts):  # where a process lies in memory is luck
+            sides = {side: Side(side, flags, name, stages, folder) for side in SIDES[::-1]}
+            for case in cases:
+                print(f"{variant.name}: {case[1]} x {case[0]:g} s", file=sys.stderr, flush=True)
+                made = {side: one.ask(do="prepare", case=case) for side, one in sides.items()}
+                flops[case] = made["ours"]["flops"]
+                _require_agreement(pathlib.Path(folder), stages, variant)
+                take_turns(sides, found[case], flags.repeats)
+            if len(stages) == len(STAGES) and not streams:
+                made = sides["ours"].ask(do="stream", case=cases[0])
+                streams.append(stream_row(variant, made))
+            for side in sides.values():
+                side.close()
+    rows = [row for case in cases for row in table_rows(variant, case, found[case], flops[case])]
+    for row in rows:
+        print(*row, sep=" | ", flush=True)
     return rows, streams
+
+
+def take_turns(sides: dict[str, Side], found, repeats: int) -> None:
+    """Adds `repeats` calls of each stage of each side to {side: {stage: [calls]}}."""
+    for number in range(repeats):
+        for side in SIDES if number % 2 else SIDES[::-1]:
+            for stage, calls in found[side].items():
+                calls.append(sides[side].ask(do="run", stage=stage))
 
 
 def stream_row(variant: Variant, made: dict[str, float]) -> tuple[str, ...]:
@@ -424,7 +433,8 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which, with commas")
     parser.add_argument("--cases", nargs="+", default=CASES, help="seconds x utterances, each")
     parser.add_argument("--stages", default=",".join(STAGES), help="which, with commas")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each")
+    parser.add_argument("--starts", type=int, default=3, help="processes of each side in turn")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls in each of them")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs" / "results")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
@@ -451,8 +461,9 @@ def main() -> None:
             f"{datetime.date.today()}; load average before the start {load:.1f}; {versions}; "
             "float32).",
             "Beside CosyVoice's own modules (Step-Audio 2's in the successors' form), each side a "
-            f"process of its own. Medians of {flags.repeats} calls in turn, by the clock, with the "
-            "range of the pairs. 10 Euler steps with guidance; a batch is one call of ours and "
+            f"process of its own, started {flags.starts} times; medians of {flags.repeats} calls of "
+            "each start in turn, by the clock, with the range of the pairs. 10 Euler steps with "
+            "guidance; a batch is one call of ours and "
             "several of theirs, which take one utterance at a time.",
             summary.table_markdown(summary.Table("", columns, tuple(rows))),
             "Ours as a stream, codes pushed as a language model makes them: how many seconds of "
