@@ -461,8 +461,8 @@ def main() -> None:
             f"{datetime.date.today()}; load average before the start {load:.1f}; {versions}; "
             "float32).",
             "Beside CosyVoice's own modules (Step-Audio 2's in the successors' form), each side a "
-            f"process of its own, started {flags.starts} times; medians of {flags.repeats} calls of "
-            "each start in turn, by the clock, with the range of the pairs. 10 Euler steps with "
+            f"process of its own, started {flags.starts} times; medians of {flags.repeats} calls "
+            "of each start in turn, by the clock, with the range of the pairs. 10 Euler steps with "
             "guidance; a batch is one call of ours and "
             "several of theirs, which take one utterance at a time.",
             summary.table_markdown(summary.Table("", columns, tuple(rows))),
