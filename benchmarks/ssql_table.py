@@ -4,8 +4,9 @@ r"""SSQL against SimSiam with the same steps and with the same compute, at every
     python benchmarks/ssql_table.py --run_dir=runs/ssql --source=cifar10
 
 Per seed three trainings by t5x_audio.train (SSQL; SimSiam; SimSiam with twice the steps, which is
-about what SSQL costs), each followed by t5x_audio.probe_images. A job that has finished is not done
-again, so the command can be stopped and started. The page and its pictures go to docs/results/.
+about what SSQL costs) and one of a single step, which says what the untrained network is worth,
+each followed by t5x_audio.probe_images. A job that has finished is not done again, so the command
+can be stopped and started. The page and its pictures go to docs/results/.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from t5x_audio.evaluation.report import Table
 from t5x_audio.training.metrics import read_metrics
 
 METHODS = {
+    "untrained": ("after one step", 0, "@siamese.Siamese()"),
     "ssql": ("SSQL", 1, "@ssql.Ssql()"),
     "simsiam": ("SimSiam, same steps", 1, "@siamese.Siamese()"),
     "simsiam_2x": ("SimSiam, same compute", 2, "@siamese.Siamese()"),
@@ -41,7 +43,7 @@ def train(flags, method: str, seed: int) -> pathlib.Path:
     _, times, objective = METHODS[method]
     directory = flags.run_dir / f"{method}_{seed}"
     model = [f"--gin_file=gin/models/{flags.size}.gin", f"--gin.IMAGES_SOURCE={flags.source}"]
-    steps = flags.steps * times
+    steps = steps_of(flags, times)
     arguments = [
         *model, "--gin_file=gin/runs/pretrain_images.gin", f"--gin.RUN_DIR={flags.run_dir}",
         f"--gin.IMAGES_OBJECTIVE={objective}", f"--gin.IMAGES_STEPS={steps}",
@@ -53,6 +55,11 @@ def train(flags, method: str, seed: int) -> pathlib.Path:
         probe = ["--gin_file=gin/runs/probe_images.gin", f"--model_dir={directory}"]
         _run("probe_images", [*model, *probe])
     return directory
+
+
+def steps_of(flags, times: int) -> int:
+    """A model without a step has no statistics of its norms; one step teaches next to nothing."""
+    return max(1, flags.steps * times)
 
 
 def _run(job: str, arguments: list[str]) -> None:
@@ -83,7 +90,7 @@ def page(flags, found, directories) -> str:
     rows = []
     for method, (title, times, _) in METHODS.items():
         cells = (f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in found[method].values())
-        rows.append((title, str(flags.steps * times), *cells))
+        rows.append((title, str(steps_of(flags, times)), *cells))
     table = Table("", ("training", "steps", *BITS), tuple(rows))
     command = f"python benchmarks/ssql_table.py {' '.join(flags.words)}"
     facts = (
@@ -114,7 +121,7 @@ def main() -> None:
     parser.add_argument("--run_dir", type=pathlib.Path, required=True)
     parser.add_argument("--source", required=True, help="an .npz of images or a TFDS name")
     parser.add_argument("--size", default="siamese_laptop", help="a file of gin/models")
-    parser.add_argument("--steps", type=int, default=900, help="of SSQL")
+    parser.add_argument("--steps", type=int, default=1500, help="of SSQL")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--remark", default="", help="a sentence for the page: what data this was")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/results"))
