@@ -1,8 +1,8 @@
 """Makes speech of codes, and of a mel, and measures what is lost on the way.
 
-Every clip is heard as it is, as its own mel through HiFT, from the codes of both codebooks and from
-those of one; see `evaluation/resynthesis.py`. Clips are a run's held-out ones, or those of a JSONL
-manifest or a folder, which are tokenised here.
+Every clip is heard as it is, as its own mel through HiFT, from the codes of both codebooks, at once
+and as a stream, and from those of one; see `evaluation/resynthesis.py`. Clips are a run's held-out
+ones, or those of a JSONL manifest or a folder, which are tokenised here.
 
 What is written, in `<run_dir>/resynthesis/`: `results.json` (all figures and every clip),
 `results.md` (the table), `speech/<version>/<clip>.flac`, and spectrograms of a few. Every clip is
@@ -67,7 +67,7 @@ def run(
       max_seconds: longer clips are left out.
       voice: 'clip', each clip's own speaker vector, or 'answer', that of the run's answers.
       num_clips: how many, always the same ones; None = all.
-      num_rated: how many get a DNSMOS, 3 s of a core for each of the 5 versions; None = all.
+      num_rated: how many get a DNSMOS, 3 s of a core for each of the 6 versions; None = all.
       num_examples: how many get spectrograms.
       batch_size: clips worked on, and kept, at a time.
       seed: of the vocoder's noise.
@@ -117,8 +117,11 @@ def run(
     voices = _voices(root, voice, embed)
     judges = (make_judges or evaluate.default_judges)()
     rows = evaluate_all(clips, versions, voices, judges, mel, target, batch_size, num_rated)
+    figures = resynthesis.summarise(rows)
+    distance = figures["stream_mel_distance_from_whole"]
+    notes["stream"] += f"; its mel is {distance:.2f} dB from theirs"
     results = {
-        "figures": resynthesis.summarise(rows),
+        "figures": figures,
         "notes": notes,
         "seed": seed,
         "settings": settings,
@@ -128,7 +131,7 @@ def run(
     launch.save_operative_config(target)
     results_folder.write(target / results_folder.TABLES, tables(results))
     results_folder.write(target / results_folder.RESULTS, json.dumps(results, indent=1) + "\n")
-    return results["figures"]
+    return figures
 
 
 def _clips_of_run(root, linguistic_size, corpora, split, roles, limit, max_seconds):
@@ -211,11 +214,16 @@ def load_versions(root, sizes: tuple[int, int], clips: Sequence, mel, seed: int)
 
         return speak
 
-    versions = {"recording": recorded, "copy": copied, "both": spoken(vocoder)}
+    def streamed(clip, vector):
+        stream = vocoder.stream(vector, seed=seed)  # all at once gives what blocks give
+        return np.concatenate([stream.push(clip.codes), stream.finish()])
+
+    versions = {"recording": recorded, "copy": copied, "both": spoken(vocoder), "stream": streamed}
     notes = {
         "recording": "what the judges make of the recordings themselves",
         "copy": "each recording's own mel through HiFT: what HiFT alone loses",
         "both": "codes of both codebooks through flow matching and HiFT",
+        "stream": "the same codes as they would come, block after block of an answer",
     }
     counts = np.bincount(np.concatenate([clip.codes for clip in clips]), minlength=sum(sizes))
     # Where each codebook's rows are: the semantic ones end the table of every kind of flow.

@@ -35,7 +35,7 @@ MEASURES = (
 )  # fmt: skip
 SPEEDS = (
     ("time_to_first_audio", "time to first audio", "seconds",
-     "median, from the question in memory to its first 15 audio tokens as sound"),
+     "median, from the question in memory to the first samples of its answer"),
     ("tokens_per_second", "tokens per second", "number", "one answer at a time, text and audio"),
     ("real_time_factor", "real-time factor", "score", "time taken per second of speech answered"),
 )  # fmt: skip
@@ -43,6 +43,7 @@ VERSIONS = (
     ("recording", "recordings"),
     ("copy", "own mel through HiFT"),
     ("both", "both codebooks"),
+    ("stream", "both, as a stream"),
     ("semantic", "semantic codes only"),
     ("linguistic", "linguistic codes only"),
 )

@@ -1,10 +1,11 @@
 """Resynthesis: what is left of a recording when it has been codes, or a mel, and is sound again.
 
-Each clip is heard in five versions, every one losing more than the one before:
+Each clip is heard in six versions:
 
 - recording: as it is; what the judges make of flawless speech
 - copy: its own mel through HiFT; what HiFT alone loses
 - both: its codes of both codebooks through flow matching and HiFT
+- stream: the same codes as they would come, block after block of an answer
 - semantic, linguistic: with the codes of one codebook only
 
 Beside what judges say, versions are compared with the recording frame by frame, since their lengths
@@ -24,7 +25,7 @@ from t5x_audio.audio.features import MelConfig, mel_spectrogram
 from t5x_audio.evaluation.judges import mean, ratio
 from t5x_audio.vocoder.f0 import F0Config, estimate_f0
 
-VERSIONS = ("recording", "copy", "both", "semantic", "linguistic")
+VERSIONS = ("recording", "copy", "both", "stream", "semantic", "linguistic")
 DECIBELS = 20.0 / np.log(10.0)  # of a natural-log magnitude
 _PADDED_SECONDS = 2.0
 MIN_VOICED = 10  # frames that both must be voiced in, else nothing is said of F0
@@ -80,7 +81,8 @@ def compare(
       mel: of the distance; its rate and hop are also those of F0.
 
     Returns:
-      Name -> mel_distance and the figures of `pitch_agreement`.
+      Name -> mel_distance and the figures of `pitch_agreement`; of 'stream' also
+      mel_distance_from_whole, that from 'both'.
     """
     padded, lengths = _padded([recording, *versions.values()], mel)
     mels, pitches = map(np.asarray, _mel_and_f0(padded, lengths, mel))
@@ -88,11 +90,16 @@ def compare(
     spectra, courses = (
         [row[:n] for row, n in zip(found, frames, strict=True)] for found in (mels, pitches)
     )
-    return {
+    spectrum_of = dict(zip(versions, spectra[1:], strict=True))
+    found = {
         name: {"mel_distance": mel_distance(spectra[0], spectrum)}
         | pitch_agreement(courses[0], course)
-        for name, spectrum, course in zip(versions, spectra[1:], courses[1:], strict=True)
+        for (name, spectrum), course in zip(spectrum_of.items(), courses[1:], strict=True)
     }
+    if {"both", "stream"} <= set(versions):
+        distance = mel_distance(spectrum_of["both"], spectrum_of["stream"])
+        found["stream"]["mel_distance_from_whole"] = distance
+    return found
 
 
 def log_mel(samples: np.ndarray, mel: MelConfig) -> np.ndarray:
@@ -163,4 +170,5 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int | None
         figures[f"{version}_speaker_similarity"] = mean(one["similarity"] for one in judged)
         for name in ("mel_distance", "f0_correlation", "f0_semitones", "voicing_agreement"):
             figures[f"{version}_{name}"] = mean(one[name] for one in judged)
-    return figures
+    distances = (row["stream"]["mel_distance_from_whole"] for row in rows)
+    return figures | {"stream_mel_distance_from_whole": mean(distances)}

@@ -1,22 +1,21 @@
 """The assistant: a question as a waveform or as text in, an answer as text and speech out.
 
 One pass through the whole chain: dual-codebook tokenizer, chat prompt, backbone under the grammar
-of the 10:15 answer, flow matching and HiFT. Tokens are streamed, so the first 15 audio tokens
-(0.36 s of speech) become sound while the rest of the answer is still to be written. The answer that
-is handed over is vocoded once more as a whole, which sounds better than the sum of its pieces.
+of the 10:15 answer, flow matching and HiFT. Tokens become sound as they come
+(`TokenVocoder.stream`), while the rest of the answer is still to be written: `stream` hands over
+piece by piece, `answer` all of it. `speak` makes speech of codes that are all there.
 
 Times are in seconds and start when the question is in memory:
   tokenise     a spoken question to codes (0 for a typed one); a duration
   first_block  the prompt through the backbone and the first 10 + 15 tokens; a duration
-  first_audio  when the first 15 audio tokens have become samples: the time to first audio. An
-               answer with less speech than that has its first audio when all of it is vocoded.
+  first_audio  when the first samples are there: the time to first audio
   total        when the whole answer has become samples
 The first question of a kind also compiles; ask once before looking at the clock.
 """
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -32,8 +31,8 @@ from t5x_audio.vocoder.token_vocoder import TokenVocoder
 
 PUBLISHED_SAMPLING = decoding.Sampling(temperature=0.7, top_p=0.9)  # stepaudio.py
 TIMINGS = ("tokenise", "first_block", "first_audio", "total")
-# Padded lengths of the vocoder in groups of 0.12 s; the first is the first block of an answer.
-VOCODER_GROUPS = (3, 8, 16, 32, 64, 128, 256)
+# Padded lengths of the vocoder in groups of 0.12 s.
+VOCODER_GROUPS = (8, 16, 32, 64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +141,26 @@ class SpokenAssistant:
         Raises:
           UserError: the question is too short for a group of codes.
         """
+        *_, last = self.stream(waveform)
+        return last
+
+    def stream(self, waveform: np.ndarray) -> Iterator[Answer]:
+        """The answer to a spoken question as it grows, after each block of tokens; the last is all.
+
+        What was in an answer is in the next one too: new is what is behind it.
+
+        Raises:
+          UserError: as `answer`.
+        """
         start = time.perf_counter()
         codes = self.tokenizer.encode(waveform)
         tokenised = time.perf_counter() - start
-        return self._answer(self.layouts.aqaa_prompt(codes), start, tokenised)
+        return self._stream(self.layouts.aqaa_prompt(codes), start, tokenised)
 
     def answer_text(self, question: str) -> Answer:
         """Answers a typed question."""
-        start = time.perf_counter()
-        return self._answer(self.layouts.tqaa_prompt(question), start, 0.0)
+        *_, last = self._stream(self.layouts.tqaa_prompt(question), time.perf_counter(), 0.0)
+        return last
 
     def answer_batch(
         self, waveforms: Sequence[np.ndarray], batch_size: int | None = None
@@ -172,33 +182,35 @@ class SpokenAssistant:
             return np.zeros(0, np.float32)
         return self.vocoder.synthesize(codes, self.voice, seed=self.seed)
 
-    def _answer(self, prompt: np.ndarray, start: float, tokenised: float) -> Answer:
+    def _stream(self, prompt: np.ndarray, start: float, tokenised: float) -> Iterator[Answer]:
         block = self.layouts.text_block + self.layouts.audio_block
-        stream = self.decoder.stream([prompt], block=block, **self._options)
-        tokens, decoding_seconds, timings = np.zeros(0, np.int32), 0.0, {"tokenise": tokenised}
+        produced = self.decoder.stream([prompt], block=block, **self._options)
+        speech, spoken = self.vocoder.stream(self.voice, seed=self.seed), 0
+        tokens, audio = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        decoding_seconds, timings = 0.0, {"tokenise": tokenised}
         while True:
             asked = time.perf_counter()
-            produced = next(stream, None)
+            new = next(produced, None)
             decoding_seconds += time.perf_counter() - asked
-            if produced is None:
-                break
-            tokens = np.concatenate([tokens, produced[0][produced[0] != decoding.PADDING]])
-            timings.setdefault("first_block", decoding_seconds)
-            if "first_audio" not in timings:
-                _, codes = self.layouts.decode_aqaa_answer(tokens)
-                if len(codes) >= self.layouts.audio_block:
-                    self.speak(codes[: self.layouts.audio_block])
-                    timings["first_audio"] = time.perf_counter() - start
-        answer = self._finished(tokens)
-        audio = self.speak(answer.codes)
-        total = time.perf_counter() - start
-        timings = {"first_audio": total} | timings | {"total": total}
-        return dataclasses.replace(
-            answer,
-            audio=audio,
-            timings={name: timings[name] for name in TIMINGS},
-            decoding_seconds=decoding_seconds,
-        )
+            if new is not None:
+                timings.setdefault("first_block", decoding_seconds)
+                tokens = np.concatenate([tokens, new[0][new[0] != decoding.PADDING]])
+            answer = self._finished(tokens)
+            made = speech.push(answer.codes[spoken:])
+            spoken = len(answer.codes)
+            if new is None and spoken:
+                made = np.concatenate([made, speech.finish()])
+            audio, now = np.concatenate([audio, made]), time.perf_counter() - start
+            if len(audio) or new is None:
+                timings.setdefault("first_audio", now)
+            yield dataclasses.replace(
+                answer,
+                audio=audio,
+                timings=timings | {"total": now},
+                decoding_seconds=decoding_seconds,
+            )
+            if new is None:
+                return
 
     def _finished(self, tokens: np.ndarray) -> Answer:
         """The answer of whole tokens, without sound; an incomplete last group is dropped."""

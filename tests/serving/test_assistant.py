@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -67,6 +69,21 @@ def test_batch_answers_like_one_by_one(parts):
     assert len(batch) == 2
     for question, one in zip(questions, batch, strict=True):
         np.testing.assert_array_equal(one.tokens, greedy.answer(question).tokens)
+
+
+def test_the_answer_grows(assistant, answer):
+    pieces = list(assistant.stream(SPEECH))
+    assert len(pieces) > 2 and not len(pieces[0].audio)
+    for before, after in itertools.pairwise(pieces):
+        for name in ("tokens", "codes", "audio"):
+            old, new = getattr(before, name), getattr(after, name)
+            np.testing.assert_array_equal(new[: len(old)], old)
+        assert before.timings["total"] <= after.timings["total"]
+    np.testing.assert_array_equal(pieces[-1].audio, answer.audio)
+    # Speech is there before the answer is.
+    first = next(one for one in pieces if len(one.audio))
+    assert len(first.tokens) < len(answer.tokens)
+    assert first.timings["first_audio"] < pieces[-1].timings["total"]
 
 
 def test_less_than_a_group_is_silent(assistant):

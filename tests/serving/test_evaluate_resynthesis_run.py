@@ -94,6 +94,7 @@ def test_results(evaluated):
     assert len(set(distances)) == 3
     table = (folder / "results.md").read_text()
     assert "| semantic codes only |" in table and "unable to tell linguistic codes apart" in table
+    assert f"{figures['stream_mel_distance_from_whole']:.2f} dB from theirs" in table
     for row in results["clips"]:
         lengths = [
             len(io.load(folder / "speech" / version / f"{row['file']}.flac", check_silence=False))
