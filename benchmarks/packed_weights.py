@@ -77,6 +77,7 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.folder.exists():
         sys.exit(f"error: {flags.folder} exists already; remove it or give another --folder")
+    load = os.getloadavg()[0]
     source = flags.folder / "model"
     parameters = write_model(source, flags.size)
     rows = [("bfloat16", f"{size_of(source):.2f}", "", "", "", "")]
@@ -97,8 +98,8 @@ def main() -> None:
         (
             "# Packed weights of a backbone",
             f"Made by `{' '.join(['python benchmarks/packed_weights.py', *sys.argv[1:]])}` "
-            f"({os.cpu_count()} cores, {platform.machine()}, {datetime.date.today()}; "
-            f"jax {importlib.metadata.version('jax')}).",
+            f"({os.cpu_count()} cores, {platform.machine()}, {datetime.date.today()}; load average "
+            f"before the start {load:.1f}; jax {importlib.metadata.version('jax')}).",
             f"{flags.size}, {parameters:,} random weights; {flags.group} inputs share a scale, the "
             "embedding has 8 bits. Times are those of whole processes, start included. The largest "
             f"array, or layer of a stack, takes {largest:.2f} GB as float32.",

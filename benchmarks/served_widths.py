@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=40, help="whose codes are compared")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/results"))
     flags = parser.parse_args()
+    load = os.getloadavg()[0]
     audio = questions(flags)
     codes = streams(flags.run_dir, audio)
     rows = [row(flags, "float32", flags.run_dir, audio, codes)]
@@ -124,8 +125,8 @@ def main() -> None:
         (
             "# A run served with weights of each width",
             f"Made by `{' '.join(['python benchmarks/served_widths.py', *sys.argv[1:]])}` (seed 0; "
-            f"{os.cpu_count()} cores, {platform.machine()}, {datetime.date.today()}; "
-            f"jax {importlib.metadata.version('jax')}).",
+            f"{os.cpu_count()} cores, {platform.machine()}, {datetime.date.today()}; load average "
+            f"before the start {load:.1f}; jax {importlib.metadata.version('jax')}).",
             f"The run {flags.size}: tokenizers, backbone and vocoder, packed by "
             f"`t5x_audio.quantize --group={flags.group}` and unpacked for each product. Loading is "
             "that of a whole process, start included. Resynthesis is that of true answers by the "
