@@ -37,7 +37,9 @@ from t5x_audio.training.learner import GradientLearner
 from t5x_audio.training.optimizers import Sgd
 
 SIZES = {
-    "laptop": SiameseConfig(ResnetConfig((1, 1, 1), (16, 32, 64)), (256,) * 3, predictor=128),
+    "laptop": SiameseConfig(
+        ResnetConfig((1, 1, 1), (16, 32, 64), stem_stride=2), (256,) * 3, predictor=128
+    ),
     "resnet18": SiameseConfig(resnet18()),
 }
 BITS = (4, 5)
