@@ -38,7 +38,7 @@ from t5x_audio.training.optimizers import Sgd
 
 SIZES = {
     "laptop": SiameseConfig(
-        ResnetConfig((1, 1, 1), (16, 32, 64), stem_stride=2), (256,) * 3, predictor=128
+        ResnetConfig((2, 2, 2), (16, 32, 64), stem_stride=2), (256,) * 3, predictor=128
     ),
     "resnet18": SiameseConfig(resnet18()),
 }
