@@ -8,7 +8,9 @@ the last stage gives magnitude and phase of a small iSTFT.
 Choices:
 - Every size is a field; the mel's hop must equal prod(upsample_rates) * istft_hop.
 - With `filters_source` the last stage is a time-varying filter of the source, for small generators
-  and short trainings: as published (False), these make hiss from tones at their frame rates.
+  and short trainings: as published (False), these make hiss from tones at their frame rates. With
+  `filters_noise` a second filter shapes white noise, which is added, so that what is voiced has
+  breath in it (harmonics plus noise, Serra and Smith 1990; DDSP, arXiv 2001.04643).
 - The source starts as a pulse train (all harmonics at weight 1), up-sampling as interpolation.
 - With `lengths` all convolutions see zeros beyond an utterance's end and the mirrored edges sit at
   its own end: the result does not depend on padding.
@@ -60,6 +62,7 @@ class HiftConfig:
       phase_range: the phase is phase_range * sin(.); published 1 radian. A longer iSTFT needs pi.
       filters_source: magnitude and phase multiply the source's spectrum instead of being the
         output's (published): pitch and hiss come with the source, the network learns an envelope.
+      filters_noise: a filter of white noise beside that of the source; needs `filters_source`.
       random_phase: overtones of the source start at random phases (published at 22.05 kHz);
         otherwise at 0 (the published 24 kHz form draws phases too, but they reach no sample).
       source_phase: 'samples': each sample advances it by its frame's F0 (published at 22.05 kHz);
@@ -88,6 +91,7 @@ class HiftConfig:
     audio_limit: float = 0.99
     phase_range: float = 1.0
     filters_source: bool = False
+    filters_noise: bool = False
     random_phase: bool = True
     source_phase: str = "samples"
     dtype: str = "float32"
@@ -107,6 +111,8 @@ class HiftConfig:
             )
         if self.istft_n_fft % self.istft_hop:
             raise UserError("HiftConfig.istft_hop must divide istft_n_fft")
+        if self.filters_noise and not self.filters_source:
+            raise UserError("HiftConfig.filters_noise needs filters_source")
         if self.source_phase not in ("samples", "frames"):
             raise UserError("HiftConfig.source_phase must be 'samples' or 'frames'")
         return HiftGenerator(self, rngs)
@@ -217,14 +223,18 @@ class HarmonicSource(nnx.Module):
         voiced = jnp.repeat(f0 > config.voiced_threshold, config.hop, axis=1)[..., None]
         noise_level = jnp.where(voiced, config.noise_std, config.sine_amplitude / 3.0)
         # One draw for the sum of independent equal noises through the merge: nine times cheaper.
-        numbers = first + jnp.arange(f0.shape[1])
-        rows = jax.vmap(jax.random.fold_in, (None, 0))(noise_rng, jnp.arange(len(f0)))
-        noise = jax.vmap(frame_noise, (0, None, None))(rows, numbers, config.hop)
-        noise = noise_level[..., 0] * noise.reshape(voiced.shape[:2])
+        noise = noise_level[..., 0] * white_noise(noise_rng, f0.shape, first, config.hop)
         noise = noise * jnp.linalg.norm(self.merge.kernel[...])
         audible = jnp.arange(1, waves + 1) * f0[..., None] < config.sample_rate / 2.0
         audible = jnp.repeat(audible, config.hop, axis=1)
         return jnp.tanh(self.merge(jnp.where(voiced & audible, sines, 0.0))[..., 0] + noise)
+
+
+def white_noise(rng: jax.Array, shape: tuple[int, int], first, hop: int) -> jax.Array:
+    """Standard normal samples [B, F * hop] of `shape` [B, F] frames, from the number `first` on."""
+    rows = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(shape[0]))
+    noise = jax.vmap(frame_noise, (0, None, None))(rows, first + jnp.arange(shape[1]), hop)
+    return noise.reshape(shape[0], -1)
 
 
 def source_phase(f0: jax.Array, hop: int, sample_rate: int) -> jax.Array:
@@ -308,8 +318,9 @@ class HiftGenerator(nnx.Module):
                 for i in stages
             ]
         )
+        outputs = bins + config.filters_noise * bins // 2
         self.conv_post = Convolution(
-            widths[-1], bins, 7, weight_norm=True, kernel_init=small, dtype=dtype, rngs=rngs
+            widths[-1], outputs, 7, weight_norm=True, kernel_init=small, dtype=dtype, rngs=rngs
         )
 
     def _source_down(self, n_in, n_out, factor, rngs):
@@ -347,13 +358,27 @@ class HiftGenerator(nnx.Module):
         """
         mask = None if lengths is None else length_mask(lengths, mel.shape[1])
         f0 = self.f0_predictor(mel, mask) if f0 is None else f0
-        source = self.source(f0 if mask is None else f0 * mask[..., 0], rng, start)
+        source, noise = self.source(f0 if mask is None else f0 * mask[..., 0], rng, start), None
+        if self.config.filters_noise:
+            rng = jax.random.fold_in(rng, 2)  # two keys of it are the source's
+            noise = white_noise(rng, f0.shape, start[0], self.config.hop)
+            noise = noise * self.config.sine_amplitude / 3.0
         if lengths is not None:
-            source = source * length_mask(lengths * self.config.hop, source.shape[1])[..., 0]
-        return self.decode(mel, source, lengths)
+            inside = length_mask(lengths * self.config.hop, source.shape[1])[..., 0]
+            source, noise = source * inside, None if noise is None else noise * inside
+        return self.decode(mel, source, lengths, noise)
 
-    def decode(self, mel: jax.Array, source: jax.Array, lengths: jax.Array | None = None):
-        """The filter: mel [B, F, M] and source [B, F * hop] -> samples [B, F * hop]."""
+    def decode(
+        self,
+        mel: jax.Array,
+        source: jax.Array,
+        lengths: jax.Array | None = None,
+        noise: jax.Array | None = None,
+    ) -> jax.Array:
+        """The filter: mel [B, F, M] and source [B, F * hop] -> samples [B, F * hop].
+
+        `noise`, as the source, is needed by `filters_noise`.
+        """
         config = self.config
         sample_lengths = None if lengths is None else lengths * config.hop
         spectrum = stft(source, config.istft_n_fft, config.istft_hop, sample_lengths)
@@ -374,12 +399,16 @@ class HiftGenerator(nnx.Module):
         x = self.conv_post(_masked(jax.nn.leaky_relu(x), mask)).astype(jnp.float32)
         bins = config.istft_n_fft // 2 + 1
         magnitude = jnp.exp(jnp.minimum(x[..., :bins], math.log(_MAX_MAGNITUDE)))
-        phase = config.phase_range * jnp.sin(x[..., bins:])
+        phase = config.phase_range * jnp.sin(x[..., bins : 2 * bins])
         frames = None if lengths is None else lengths * factor + 1
         real, imag = magnitude * jnp.cos(phase), magnitude * jnp.sin(phase)
         if config.filters_source:
             a, b = spectrum[..., :bins], spectrum[..., bins:]
             real, imag = real * a - imag * b, real * b + imag * a
+        if config.filters_noise:
+            level = jnp.exp(jnp.minimum(x[..., 2 * bins :], math.log(_MAX_MAGNITUDE)))
+            breath = stft(noise, config.istft_n_fft, config.istft_hop, sample_lengths)
+            real, imag = real + level * breath[..., :bins], imag + level * breath[..., bins:]
         samples = istft(
             real,
             imag,

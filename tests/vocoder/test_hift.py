@@ -68,16 +68,17 @@ FILTER = dataclasses.replace(
     phase_range=math.pi,
     filters_source=True,
 )
+FILTERS = dataclasses.replace(FILTER, filters_noise=True)
 
 
-@pytest.mark.parametrize("config", [SMALL, FILTER], ids=["spectrum", "filter"])
+@pytest.mark.parametrize("config", [SMALL, FILTER, FILTERS], ids=["spectrum", "filter", "filters"])
 def test_padding_does_not_change_a_row(build, config):
     generator = build(config)
     mel = jax.random.normal(jax.random.key(0), (2, 9, 12))
     source = jax.random.normal(jax.random.key(1), (2, 9 * SMALL.hop)) * 0.1
     lengths = jnp.array([5, 9])
     inside = jnp.arange(9 * SMALL.hop) < lengths[:, None] * SMALL.hop
-    decode = nnx.jit(lambda g, m, s, n: g.decode(m, s, n))
+    decode = nnx.jit(lambda g, m, s, n: g.decode(m, s, n, noise=0.5 * s))
     both = decode(generator, mel, source * inside, lengths)
     alone = decode(generator, mel[:1, :5], source[:1, : 5 * SMALL.hop], None)
     np.testing.assert_allclose(both[:1, : 5 * SMALL.hop], alone, atol=2e-6)
@@ -155,6 +156,26 @@ def test_a_neutral_filter_returns_its_source(build):
     mel = jax.random.normal(jax.random.key(0), (1, 8, 12))
     source = jax.random.normal(jax.random.key(1), (1, 8 * FILTER.hop)) * 0.1
     np.testing.assert_allclose(generator.decode(mel, source), source, atol=1e-5)
+
+
+def test_neutral_filters_return_source_and_noise(build):
+    generator = build(FILTERS)
+    generator.conv_post.scale[...] = generator.conv_post.scale[...] * 0.0
+    mel = jax.random.normal(jax.random.key(0), (1, 8, 12))
+    source, noise = 0.1 * jax.random.normal(jax.random.key(1), (2, 1, 8 * FILTERS.hop))
+    made = generator.decode(mel, source, noise=noise)
+    np.testing.assert_allclose(made, source + noise, atol=1e-5)
+    # What is unvoiced has noise twice, that of the source and its own.
+    rng, f0 = jax.random.key(0), jnp.zeros((1, 8))
+    source = generator.source(f0, rng)
+    breath = generator(mel, rng, f0=f0) - source
+    assert jnp.std(breath) == pytest.approx(FILTERS.sine_amplitude / 3, rel=0.1)
+    assert abs(np.corrcoef(breath[0], source[0])[0, 1]) < 0.1
+
+
+def test_noise_is_filtered_with_the_source_only():
+    with pytest.raises(UserError, match="filters_noise needs filters_source"):
+        dataclasses.replace(SMALL, filters_noise=True).make(nnx.Rngs(0))
 
 
 def test_every_parameter_learns(generator):

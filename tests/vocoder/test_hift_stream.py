@@ -27,6 +27,7 @@ LONG_REACH = dataclasses.replace(
     source_phase="frames",
     random_phase=False,
 )
+FILTERS = dataclasses.replace(HIFT, filters_source=True, filters_noise=True)
 
 
 @dataclasses.dataclass
@@ -45,7 +46,9 @@ class Case:
         return HiftStream(self.config, vocode, 7)
 
 
-@pytest.fixture(scope="module", params=[HIFT, LONG_REACH], ids=["samples", "frames"])
+@pytest.fixture(
+    scope="module", params=[HIFT, LONG_REACH, FILTERS], ids=["samples", "frames", "filters"]
+)
 def case(build, request):
     def voice(hift):
         """F0 between 50 and 150 Hz; 100 Hz where the mel is steady."""
@@ -85,6 +88,7 @@ def test_any_pushing_gives_the_whole(case, pieces):
     np.testing.assert_allclose(np.concatenate(made), whole, atol=1e-3 * np.abs(whole).max())
 
 
+@pytest.mark.parametrize("case", [HIFT, LONG_REACH], ids=["samples", "frames"], indirect=True)
 def test_a_tone_has_no_click_at_the_seams(case):
     """100 Hz, steady over 480 samples. A jump of a hundredth of its level would be found."""
     stream, frames = case.stream(), 48000 // case.config.hop
