@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t5x_audio.errors import UserError
-from t5x_audio.training import checkpoints
+from t5x_audio.training import checkpoints, partwise_arrays
 from t5x_audio.training.partwise_arrays import PartwiseArray
 
 
@@ -71,7 +71,8 @@ def test_checkpoints_of_runs_are_read_in_their_own_chunks(tmp_path):
         checkpoints.open_array(tmp_path, "params/other")
 
 
-def test_one_part_is_in_memory_at_a_time(tmp_path):
+def test_one_part_of_a_large_array_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(partwise_arrays, "_TOGETHER", 1000)
     alive, most = set(), 0
 
     class Part(np.ndarray):
@@ -90,6 +91,23 @@ def test_one_part_is_in_memory_at_a_time(tmp_path):
     big = PartwiseArray((32, 64), np.dtype(np.float32), 1, read)
     checkpoints.save_parts(tmp_path, Config(), {"a": big, "b": big})
     assert 1 <= most <= 2  # the one being written and the one being made
+
+
+def test_many_small_arrays_take_little_more_than_their_bytes(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    values = {f"layer{i}/kernel": rng.random((16, 64), np.float32) for i in range(300)}
+    monkeypatch.setattr(partwise_arrays, "_TOGETHER", 50 * 16 * 64 * 4)  # several commits
+    arrays = {
+        name: PartwiseArray(value.shape, value.dtype, 16, lambda _, value=value: value)
+        for name, value in values.items()
+    }
+    checkpoints.save_parts(tmp_path, Config(), arrays)
+    sizes = [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(sizes) < 1.3 * sum(value.nbytes for value in values.values())
+    for name in ("layer0/kernel", "layer299/kernel"):
+        np.testing.assert_array_equal(
+            checkpoints.open_array(tmp_path, f"params/{name}").whole(), values[name]
+        )
 
 
 @pytest.mark.parametrize("existed", [False, True])
