@@ -70,7 +70,8 @@ def save(model: HiftGenerator, path: pathlib.Path) -> dict[str, Any]:
     """
     config = model.config
     form = HIFT_24K if config.sample_rate == HIFT_24K.sample_rate else HiftConfig()
-    names = ("filters_source", "filters_noise", "phase_range", "random_phase", "source_phase")
+    names = ("filters_source", "filters_noise", "envelope_fmax", "phase_range")
+    names += ("random_phase", "source_phase")
     for name in names:
         ours, theirs = getattr(config, name), getattr(form, name)
         if ours != theirs:

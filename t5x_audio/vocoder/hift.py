@@ -29,6 +29,7 @@ from flax import nnx
 
 from t5x_audio.errors import UserError
 from t5x_audio.vocoder.convolution import Convolution, TransposedConvolution, length_mask
+from t5x_audio.vocoder.envelope import NOISE_LEVEL, SOURCE_LEVEL, Envelope
 from t5x_audio.vocoder.initialisers import fan_in, interpolating, spread
 from t5x_audio.vocoder.istft import istft, stft
 from t5x_audio.vocoder.noise import frame_noise
@@ -63,6 +64,8 @@ class HiftConfig:
       filters_source: magnitude and phase multiply the source's spectrum instead of being the
         output's (published): pitch and hiss come with the source, the network learns an envelope.
       filters_noise: a filter of white noise beside that of the source; needs `filters_source`.
+      envelope_fmax: Hz of the mel's top channel, from which the filters then start (`envelope.py`);
+        0 = they start from 1.
       random_phase: overtones of the source start at random phases (published at 22.05 kHz);
         otherwise at 0 (the published 24 kHz form draws phases too, but they reach no sample).
       source_phase: 'samples': each sample advances it by its frame's F0 (published at 22.05 kHz);
@@ -92,6 +95,7 @@ class HiftConfig:
     phase_range: float = 1.0
     filters_source: bool = False
     filters_noise: bool = False
+    envelope_fmax: float = 0.0
     random_phase: bool = True
     source_phase: str = "samples"
     dtype: str = "float32"
@@ -111,8 +115,9 @@ class HiftConfig:
             )
         if self.istft_n_fft % self.istft_hop:
             raise UserError("HiftConfig.istft_hop must divide istft_n_fft")
-        if self.filters_noise and not self.filters_source:
-            raise UserError("HiftConfig.filters_noise needs filters_source")
+        for name in ("filters_noise", "envelope_fmax"):
+            if getattr(self, name) and not self.filters_source:
+                raise UserError(f"HiftConfig.{name} needs filters_source")
         if self.source_phase not in ("samples", "frames"):
             raise UserError("HiftConfig.source_phase must be 'samples' or 'frames'")
         return HiftGenerator(self, rngs)
@@ -319,6 +324,10 @@ class HiftGenerator(nnx.Module):
             ]
         )
         outputs = bins + config.filters_noise * bins // 2
+        if config.envelope_fmax:
+            levels = (SOURCE_LEVEL, NOISE_LEVEL)[: 1 + config.filters_noise]
+            sizes = (config.num_mels, bins // 2, config.sample_rate, config.envelope_fmax)
+            self.envelope = Envelope(*sizes, levels)
         self.conv_post = Convolution(
             widths[-1], outputs, 7, weight_norm=True, kernel_init=small, dtype=dtype, rngs=rngs
         )
@@ -398,6 +407,10 @@ class HiftGenerator(nnx.Module):
             x = sum(block(x, mask) for block in self.blocks[i]) / len(self.blocks[i])
         x = self.conv_post(_masked(jax.nn.leaky_relu(x), mask)).astype(jnp.float32)
         bins = config.istft_n_fft // 2 + 1
+        if config.envelope_fmax:
+            gains = self.envelope(mel, factor, lengths)
+            x = x.at[..., :bins].add(gains[..., :bins])
+            x = x.at[..., 2 * bins :].add(gains[..., bins:])
         magnitude = jnp.exp(jnp.minimum(x[..., :bins], math.log(_MAX_MAGNITUDE)))
         phase = config.phase_range * jnp.sin(x[..., bins : 2 * bins])
         frames = None if lengths is None else lengths * factor + 1

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from t5x_audio.audio.features import MelConfig, mel_spectrogram
 from t5x_audio.errors import UserError
 from t5x_audio.vocoder.hift import (
     HIFT_24K,
@@ -69,9 +70,10 @@ FILTER = dataclasses.replace(
     filters_source=True,
 )
 FILTERS = dataclasses.replace(FILTER, filters_noise=True)
+ENVELOPES = dataclasses.replace(FILTERS, envelope_fmax=8000.0)
 
 
-@pytest.mark.parametrize("config", [SMALL, FILTER, FILTERS], ids=["spectrum", "filter", "filters"])
+@pytest.mark.parametrize("config", [SMALL, FILTER, FILTERS, ENVELOPES])
 def test_padding_does_not_change_a_row(build, config):
     generator = build(config)
     mel = jax.random.normal(jax.random.key(0), (2, 9, 12))
@@ -173,9 +175,32 @@ def test_neutral_filters_return_source_and_noise(build):
     assert abs(np.corrcoef(breath[0], source[0])[0, 1]) < 0.1
 
 
-def test_noise_is_filtered_with_the_source_only():
-    with pytest.raises(UserError, match="filters_noise needs filters_source"):
-        dataclasses.replace(SMALL, filters_noise=True).make(nnx.Rngs(0))
+def test_filters_that_start_from_the_mel_give_its_envelope():
+    """A buzz through two formants: its mel before anything is learnt, and without the envelope."""
+    mel = MelConfig(sample_rate=16000, hop=240)
+    f0, seconds = 120.0, 0.9
+    hz = f0 * np.arange(1, 60)
+    levels = sum(np.exp(-(((hz - centre) / 200.0) ** 2)) for centre in (600.0, 1800.0)) + 0.01
+    time = np.arange(int(16000 * seconds)) / 16000
+    speech = 0.1 * (levels @ np.sin(2 * np.pi * hz[:, None] * time))
+    wanted = mel_spectrogram(jnp.asarray(speech)[None], mel)
+
+    def distance(fmax):
+        config = dataclasses.replace(
+            ENVELOPES, num_mels=80, num_harmonics=60, envelope_fmax=fmax, noise_std=0.0
+        )
+        generator = config.make(nnx.Rngs(0))
+        course = jnp.full((1, wanted.shape[1]), f0)
+        made = nnx.jit(lambda g: g(wanted, jax.random.key(0), f0=course))(generator)
+        return jnp.mean(jnp.abs(mel_spectrogram(made, mel) - wanted)[:, 4:-4])
+
+    assert distance(8000.0) < 0.6 < 1.5 < distance(0.0)
+
+
+@pytest.mark.parametrize("setting", [{"filters_noise": True}, {"envelope_fmax": 8000.0}])
+def test_what_only_filters_have(setting):
+    with pytest.raises(UserError, match=f"{next(iter(setting))} needs filters_source"):
+        dataclasses.replace(SMALL, **setting).make(nnx.Rngs(0))
 
 
 def test_every_parameter_learns(generator):

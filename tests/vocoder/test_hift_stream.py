@@ -27,7 +27,7 @@ LONG_REACH = dataclasses.replace(
     source_phase="frames",
     random_phase=False,
 )
-FILTERS = dataclasses.replace(HIFT, filters_source=True, filters_noise=True)
+FILTERS = dataclasses.replace(HIFT, filters_source=True, filters_noise=True, envelope_fmax=8000.0)
 
 
 @dataclasses.dataclass
