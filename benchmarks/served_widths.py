@@ -27,9 +27,11 @@ import numpy as np
 
 from benchmarks.packed_weights import size_of
 from benchmarks.processes import run_python
+from t5x_audio import launch, quantize
 from t5x_audio.evaluation import spoken_qa, summary
 from t5x_audio.serving.model_dir import PARTS, RunDirectory
 from t5x_audio.tokenize_corpus import load_tokenizer
+from t5x_audio.training import checkpoints
 
 LOAD = (
     "import sys, jax; from flax import nnx; "
@@ -89,8 +91,7 @@ def row(flags, name: str, place: pathlib.Path, audio, codes) -> tuple[str, ...]:
     """A line of the table; `codes` are those of the unpacked tokenizers."""
     loading = run_python("-c", LOAD, str(place))
     made = evaluated(flags, place)
-    size = sum(size_of(place / part) for part in PARTS)
-    cells = [name, f"{1000 * size:.1f}", f"{loading[0]:.1f}", f"{loading[1]:.2f}"]
+    cells = [name, f"{weights_size(place):.1f}", f"{loading[0]:.1f}", f"{loading[1]:.2f}"]
     for key in filter(None, COLUMNS.values()):
         value = made.get(key)
         text = "" if value is None else f"{value:.2f}"
@@ -98,6 +99,16 @@ def row(flags, name: str, place: pathlib.Path, audio, codes) -> tuple[str, ...]:
     for found, before in zip(streams(place, audio), codes, strict=True):
         cells.append(f"{100 * np.mean(found == before):.1f} %")
     return tuple(cells)
+
+
+def weights_size(place: pathlib.Path) -> float:
+    """MB of a run's models on the disk, without what a training keeps beside them."""
+    total = 0.0
+    for part in (place / name for name in PARTS):
+        for step in checkpoints.checkpoint_steps(part)[-1:]:
+            name = quantize.NAMES.get(part.name, "model")
+            total += 1000 * size_of(part / "checkpoints" / str(step) / name)
+    return total
 
 
 def streams(place: pathlib.Path, audio) -> list[np.ndarray]:
@@ -115,6 +126,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=40, help="whose codes are compared")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/results"))
     flags = parser.parse_args()
+    launch.prepare_environment()
     load = os.getloadavg()[0]
     audio = questions(flags)
     codes = streams(flags.run_dir, audio)
@@ -129,7 +141,8 @@ def main() -> None:
             f"before the start {load:.1f}; jax {importlib.metadata.version('jax')}).",
             f"The run {flags.size}: tokenizers, backbone and vocoder, packed by "
             f"`t5x_audio.quantize --group={flags.group}` and unpacked for each product. Loading is "
-            "that of a whole process, start included. Resynthesis is that of true answers by the "
+            "that of a whole process, start included. Speeds are medians of a few questions and "
+            "differ by half from run to run. Resynthesis is that of true answers by the "
             "vocoder; of embeddings 8 bits stay.",
             summary.table_markdown(summary.Table("", tuple(COLUMNS), tuple(rows))),
         )

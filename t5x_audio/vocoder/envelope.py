@@ -5,6 +5,8 @@ to speech that is understood before anything is learnt. Networks that filter a s
 they learn: sharper formants, phases, breath. (Source-filter vocoders; ours, no published form.)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,24 @@ class Envelope(nnx.Module):
         share = (places - before)[..., None]
         low, high = (jnp.take_along_axis(gains, at[..., None], axis=1) for at in (before, after))
         return low + share * (high - low)
+
+
+def minimum_phase(gains: jax.Array) -> jax.Array:
+    """Phases float32 [..., bins] in radians of the minimum-phase filter with log gains [..., bins].
+
+    A pulse then rings after it is struck, as it does in a mouth; with phases of zero the same sound
+    stands around it on both sides and buzzes. By the folded cepstrum (Oppenheim and Schafer).
+    """
+    return gains @ jnp.asarray(_phase_matrix(gains.shape[-1]))
+
+
+@functools.cache
+def _phase_matrix(bins: int) -> np.ndarray:
+    size = 2 * (bins - 1)
+    cepstra = np.fft.irfft(np.eye(bins), size)
+    cepstra[:, 1 : bins - 1] *= 2.0
+    cepstra[:, bins:] = 0.0
+    return np.fft.rfft(cepstra).imag.astype(np.float32)
 
 
 def interpolation(num_mels: int, hz: np.ndarray, fmax: float) -> np.ndarray:

@@ -29,7 +29,7 @@ from flax import nnx
 
 from t5x_audio.errors import UserError
 from t5x_audio.vocoder.convolution import Convolution, TransposedConvolution, length_mask
-from t5x_audio.vocoder.envelope import NOISE_LEVEL, SOURCE_LEVEL, Envelope
+from t5x_audio.vocoder.envelope import NOISE_LEVEL, SOURCE_LEVEL, Envelope, minimum_phase
 from t5x_audio.vocoder.initialisers import fan_in, interpolating, spread
 from t5x_audio.vocoder.istft import istft, stft
 from t5x_audio.vocoder.noise import frame_noise
@@ -64,8 +64,8 @@ class HiftConfig:
       filters_source: magnitude and phase multiply the source's spectrum instead of being the
         output's (published): pitch and hiss come with the source, the network learns an envelope.
       filters_noise: a filter of white noise beside that of the source; needs `filters_source`.
-      envelope_fmax: Hz of the mel's top channel, from which the filters then start (`envelope.py`);
-        0 = they start from 1.
+      envelope_fmax: Hz of the mel's top channel, from which the filters then start (`envelope.py`)
+        with minimum phases; 0 = they start from 1.
       random_phase: overtones of the source start at random phases (published at 22.05 kHz);
         otherwise at 0 (the published 24 kHz form draws phases too, but they reach no sample).
       source_phase: 'samples': each sample advances it by its frame's F0 (published at 22.05 kHz);
@@ -411,8 +411,10 @@ class HiftGenerator(nnx.Module):
             gains = self.envelope(mel, factor, lengths)
             x = x.at[..., :bins].add(gains[..., :bins])
             x = x.at[..., 2 * bins :].add(gains[..., bins:])
+            natural = minimum_phase(x[..., :bins])
         magnitude = jnp.exp(jnp.minimum(x[..., :bins], math.log(_MAX_MAGNITUDE)))
         phase = config.phase_range * jnp.sin(x[..., bins : 2 * bins])
+        phase = phase + natural if config.envelope_fmax else phase
         frames = None if lengths is None else lengths * factor + 1
         real, imag = magnitude * jnp.cos(phase), magnitude * jnp.sin(phase)
         if config.filters_source:
