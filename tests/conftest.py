@@ -1,4 +1,4 @@
-"""For every test: quick compilation instead of quick programs, kept; no deadline on examples."""
+"""For every test: quick compilation instead of quick programs, and no deadline on examples."""
 
 import os
 import subprocess
@@ -10,15 +10,6 @@ import pytest
 
 # Each program runs once or twice.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-# What one test file or an earlier run has compiled is read back, however small: compiling takes
-# about half of the time of the suite.
-_CACHE = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-for _name, _value in {
-    "JAX_COMPILATION_CACHE_DIR": f"{_CACHE}/t5x_audio/xla-tests",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}.items():
-    os.environ.setdefault(_name, _value)
 # How long an example takes says more of the machine's load than of the code.
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
