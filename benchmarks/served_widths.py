@@ -141,9 +141,9 @@ def main() -> None:
             f"before the start {load:.1f}; jax {importlib.metadata.version('jax')}).",
             f"The run {flags.size}: tokenizers, backbone and vocoder, packed by "
             f"`t5x_audio.quantize --group={flags.group}` and unpacked for each product. Loading is "
-            "that of a whole process, start included. Speeds are medians of a few questions and "
-            "differ by half from run to run. Resynthesis is that of true answers by the "
-            "vocoder; of embeddings 8 bits stay.",
+            "that of a whole process, start included. Speeds are those of each row's own "
+            "evaluation, whatever the machine did beside it: decoding_widths.py compares them. "
+            "Resynthesis is that of true answers by the vocoder; of embeddings 8 bits stay.",
             summary.table_markdown(summary.Table("", tuple(COLUMNS), tuple(rows))),
         )
     )

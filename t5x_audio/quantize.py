@@ -7,8 +7,9 @@ r"""Packs the weights of a model, or of all parts of a run, to 8, 4, 3 or 2 bits
 
 What is written is a model directory, or a run directory, like the source. Weights are rounded to
 the nearest integer (`quantization/packing.py`), those of a language model's embedding to 8 bits;
-norms and biases stay as they are, and so do vocabulary and voice of a run. One array is in memory
-at a time, of a stack of layers one layer. A finished part is not made again.
+norms and biases stay as they are, and so do vocabulary and voice of a run. One large array is in
+memory at a time, of a stack of layers one layer, beside its copy that is written. A finished part
+is not made again.
 """
 
 import dataclasses

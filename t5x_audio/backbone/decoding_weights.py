@@ -13,7 +13,7 @@ small. Choices:
   formed with the integers in the type of the computation and scaled behind it. Embedding, norms and
   biases stay as they are: of the embedding a token reads one row.
 - `w8a8` multiplies the same integers with activations rounded to 8 bits (`integer_product.py`). On
-  a CPU a token takes half the time of `int8`, whose weights are made wide for every product.
+  a CPU a token takes less time than by `int8`, whose weights are made wide for every product.
 - Packed weights (`quantization/packed_model.py`) stay packed where no kind is asked for: least
   memory, but every token unpacks them. Any kind unpacks them once.
 """
